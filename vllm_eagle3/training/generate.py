@@ -1,0 +1,243 @@
+"""The target's own answers to prompts, as token ids: the text a draft is trained on.
+
+Each answer is one row, in the order of the conversation, with everything the model read before it:
+    {"id", "source", "turn", "sample", "temperature", "prompt_token_ids", "response_token_ids", "finish_reason"}
+The loss mask is 0 on `prompt_token_ids` and 1 on `response_token_ids`. Rows are written as shards
+`part-00000.jsonl.gz`, each in one atomic step, so a killed run loses at most one shard and is resumed by the same command.
+"""
+
+import argparse
+import gzip
+import json
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from vllm_eagle3.training.prompts import Prompt, load_prompts, read_rows
+
+logger = logging.getLogger(__name__)
+Row = dict[str, Any]
+MIN_ROOM = 16  # tokens: an answer that can't be at least this long is not worth asking for
+
+
+@dataclass(frozen=True)
+class GenerateSettings:
+    """What is generated and how. `temperatures` alternate over prompts (and over the samples of a prompt)."""
+
+    target: str
+    data: tuple[str, ...]
+    out: Path
+    sources: frozenset[str] | None = None
+    exclude: tuple[str, ...] = ()
+    skip_last: int = 0
+    limit: int | None = None
+    temperatures: tuple[float, ...] = (0.0, 1.0)
+    samples: int = 1
+    max_tokens: int = 1024
+    max_model_len: int = 4096
+    max_num_seqs: int = 64
+    shard_rows: int = 256
+    dtype: str = "bfloat16"
+    enforce_eager: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "max_tokens", "max_model_len", "max_num_seqs", "shard_rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
+        if not self.temperatures or any(t < 0 for t in self.temperatures):
+            raise ValueError(f"temperatures: expected one or more values >= 0, found {self.temperatures}")
+        if self.skip_last < 0 or (self.limit is not None and self.limit < 1):
+            raise ValueError(f"expected skip_last >= 0 and limit >= 1, found {self.skip_last} and {self.limit}")
+
+
+@dataclass
+class Conversation:
+    """One prompt being answered: which turn is next, and the rows made so far."""
+
+    prompt: Prompt
+    sample: int
+    temperature: float
+    messages: list[dict[str, str]] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.prompt.id, self.sample
+
+
+class ShardWriter:
+    """Writes rows to numbered shards of `out`; a shard appears whole or not at all."""
+
+    def __init__(self, out: Path, shard_rows: int) -> None:
+        self.out, self.shard_rows, self.rows = out, shard_rows, list[Row]()
+        out.mkdir(parents=True, exist_ok=True)
+        self.next = 1 + max((int(p.name[5:10]) for p in shards(out)), default=-1)
+
+    def add(self, rows: list[Row]) -> None:
+        self.rows += rows
+        if len(self.rows) >= self.shard_rows:
+            self.flush()
+
+    def flush(self) -> None:
+        if not self.rows:
+            return
+        path = self.out / f"part-{self.next:05d}.jsonl.gz"
+        temporary = path.with_suffix(".tmp")
+        with gzip.open(temporary, "wt", encoding="utf-8", compresslevel=6) as file:
+            file.writelines(json.dumps(row, separators=(",", ":")) + "\n" for row in self.rows)
+        os.replace(temporary, path)
+        self.rows, self.next = [], self.next + 1
+
+
+def shards(out: Path) -> list[Path]:
+    return sorted(out.glob("part-[0-9][0-9][0-9][0-9][0-9].jsonl.gz"))
+
+
+def done_keys(files: list[Path]) -> set[tuple[str, int]]:
+    """(id, sample) of every row of `files`. A conversation's rows are written together: a key is done or not."""
+    return {(row["id"], row.get("sample", 0)) for path in files for _, row in read_rows(path)}
+
+
+def conversations(settings: GenerateSettings) -> list[Conversation]:
+    """What is to be answered: all prompts x samples, less what is done or excluded.
+
+    A prompt's temperatures follow from its place in the data, so that a resumed run makes the same choice.
+    """
+    prompts = [p for data in settings.data for p in load_prompts(data)]
+    prompts = prompts[: len(prompts) - settings.skip_last]
+    if settings.sources is not None:
+        unknown = settings.sources - {p.source for p in prompts}
+        if unknown:
+            raise ValueError(f"--sources: {sorted(unknown)} not found in {list(settings.data)}")
+        prompts = [p for p in prompts if p.source in settings.sources]
+    excluded = {id for id, _ in done_keys([Path(path) for path in settings.exclude])}
+    done = done_keys(shards(settings.out))
+    todo = [Conversation(p, s, settings.temperatures[(i + s) % len(settings.temperatures)])
+            for s in range(settings.samples) for i, p in enumerate(prompts) if p.id not in excluded]
+    if settings.limit is not None:
+        todo = todo[: settings.limit]
+    return [c for c in todo if c.key not in done]
+
+
+def answer(llm: Any, todo: list[Conversation], settings: GenerateSettings) -> Iterator[Conversation]:
+    """Yields each conversation when its last turn is answered; keeps the engine's batch full meanwhile."""
+    from vllm import SamplingParams
+
+    engine, tokenizer = llm.llm_engine, llm.get_tokenizer()
+    running: dict[str, Conversation] = {}
+    waiting = iter(todo)
+
+    def ask(conversation: Conversation) -> bool:
+        """Sends the next turn. False if no turn is left, or no room for an answer."""
+        turn = len(conversation.rows)
+        if turn == len(conversation.prompt.turns):
+            return False
+        messages = [*conversation.messages, {"role": "user", "content": conversation.prompt.turns[turn]}]
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+        room = settings.max_model_len - len(ids)
+        if room < MIN_ROOM:
+            return False
+        conversation.messages = messages
+        params = SamplingParams(temperature=conversation.temperature, max_tokens=min(settings.max_tokens, room))
+        request_id = f"{conversation.sample}/{turn}/{conversation.prompt.id}"
+        engine.add_request(request_id, {"prompt_token_ids": ids}, params)
+        running[request_id] = conversation
+        return True
+
+    while True:
+        # one batch waits in the engine, so that a place is taken as soon as it is free
+        while len(running) < 2 * settings.max_num_seqs and (new := next(waiting, None)) is not None:
+            if not ask(new):
+                yield new
+        if not running:
+            return
+        for output in engine.step():
+            if not output.finished:
+                continue
+            conversation, completion = running.pop(output.request_id), output.outputs[0]
+            conversation.rows.append({
+                "id": conversation.prompt.id, "source": conversation.prompt.source,
+                "turn": len(conversation.rows), "sample": conversation.sample,
+                "temperature": conversation.temperature, "prompt_token_ids": list(output.prompt_token_ids),
+                "response_token_ids": list(completion.token_ids), "finish_reason": completion.finish_reason})
+            conversation.messages.append({"role": "assistant", "content": completion.text})
+            if not ask(conversation):
+                yield conversation
+
+
+def generate(settings: GenerateSettings) -> int:
+    """Answers what is not yet answered, into shards of `settings.out`; returns the number of answer tokens made.
+
+    Raises:
+        ValueError: bad prompts or settings.
+    """
+    todo = conversations(settings)
+    if not todo:
+        logger.info("%s: all prompts are answered", settings.out)
+        return 0
+    from vllm import LLM
+
+    llm = LLM(settings.target, dtype=settings.dtype, max_model_len=settings.max_model_len,
+              max_num_seqs=settings.max_num_seqs, enforce_eager=settings.enforce_eager)
+    writer, tokens, skipped = ShardWriter(settings.out, settings.shard_rows), 0, 0
+    progress = tqdm(total=len(todo), unit="conversation", desc=settings.out.name, smoothing=0.05)
+    try:
+        for conversation in answer(llm, todo, settings):
+            writer.add(conversation.rows)
+            skipped += not conversation.rows
+            tokens += sum(len(row["response_token_ids"]) for row in conversation.rows)
+            seconds = progress.format_dict["elapsed"]
+            progress.set_postfix_str(f"{tokens} tokens, {tokens / max(seconds, 1e-9):.0f} tokens/s", refresh=False)
+            progress.update()
+    finally:
+        writer.flush()
+        progress.close()
+    if skipped:
+        logger.warning("%d of %d prompts left unanswered: no room for %d tokens within max_model_len %d",
+                       skipped, len(todo), MIN_ROOM, settings.max_model_len)
+    return tokens
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--target", required=True, help="directory or name of the target model")
+    parser.add_argument("--data", required=True, nargs="+",
+                        help="prompts: .jsonl/.json (.gz) with `turns`, `conversations` or `messages`, or a data set's name")
+    parser.add_argument("--out", required=True, type=Path, help="directory of the shards; run again to resume")
+    parser.add_argument("--sources", help="comma-separated: only prompts of these sources")
+    parser.add_argument("--exclude", nargs="*", default=[], metavar="FILE",
+                        help="answer files whose prompts are left out")
+    parser.add_argument("--skip-last", type=int, default=0, help="leave out the last N prompts (validation)")
+    parser.add_argument("--limit", type=int, help="at most this many conversations")
+    parser.add_argument("--temperatures", default="0,1", help="comma-separated, alternating (default: %(default)s)")
+    for name, text in (("samples", "answers per prompt"), ("max_tokens", "new tokens per answer"),
+                       ("max_model_len", "prompt and answer, tokens"), ("max_num_seqs", "answers at a time"),
+                       ("shard_rows", "rows per file")):
+        default = getattr(GenerateSettings, name)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=f"{text} ({default})")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--enforce-eager", action="store_true", help="no torch.compile: starts sooner, runs slower")
+
+
+def settings_from(arguments: argparse.Namespace) -> GenerateSettings:
+    values = {name: getattr(arguments, name) for name in GenerateSettings.__dataclass_fields__}
+    return GenerateSettings(**values | {
+        "data": tuple(arguments.data), "exclude": tuple(arguments.exclude),
+        "sources": frozenset(arguments.sources.split(",")) if arguments.sources else None,
+        "temperatures": tuple(float(t) for t in arguments.temperatures.split(","))})
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m vllm_eagle3.training.generate", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    generate(settings_from(parser.parse_args(argv)))
+
+
+if __name__ == "__main__":
+    main()

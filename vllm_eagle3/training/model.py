@@ -1,0 +1,269 @@
+"""The EAGLE-3 draft decoder in plain PyTorch: what training fits and what the reference decoder runs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+KV = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class DraftConfig:
+    """Shapes and conventions of one draft; names are those of `config.json` where one exists."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    draft_vocab_size: int
+    aux_layers: tuple[int, ...]
+    target_hidden_size: int
+    rms_norm_eps: float = 1e-5
+    rope_parameters: dict[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
+    max_position_embeddings: int = 2048
+    attention_bias: bool = False
+    qk_norm: bool = False
+    norm_before_residual: bool = False
+    norm_output: bool = False
+    fc_norm: bool = False
+    input_norm: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.draft_vocab_size <= self.vocab_size:
+            raise ValueError(
+                f"draft_vocab_size must lie in 1..{self.vocab_size} (vocab_size), found {self.draft_vocab_size}"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+                f"num_key_value_heads ({self.num_key_value_heads})"
+            )
+        if not self.aux_layers:
+            raise ValueError("aux_layers is empty: at least one layer of the target has to be read")
+
+    @property
+    def rope_theta(self) -> float:
+        return float(self.rope_parameters["rope_theta"])
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, computed in fp32, returned in the dtype of x."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        return (y * self.weight.float()).to(x.dtype)
+
+
+def rope_frequencies(config: DraftConfig) -> Tensor:
+    """Inverse frequencies [head_dim / 2] in fp32, with Llama-3 scaling where the config asks for it.
+
+    Raises ValueError for a rope type other than default, linear or llama3.
+    """
+    rope = config.rope_parameters
+    kind = rope.get("rope_type", "default")
+    inv = 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
+    if kind == "default":
+        return inv
+    if kind == "linear":
+        return inv / rope["factor"]
+    if kind == "llama3":
+        wavelength = 2 * torch.pi / inv
+        old = rope["original_max_position_embeddings"]
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        smooth = ((old / wavelength - low) / (high - low)).clamp(0, 1)
+        return inv * (smooth + (1 - smooth) / rope["factor"])
+    raise ValueError(f"rope_type must be default, linear or llama3, found {kind!r}")
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Neox-style rotation of x [n, heads, d] by cos, sin [n, d / 2], in fp32."""
+    a, b = x.float().chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+class DraftAttention(nn.Module):
+    """Projections of the draft's attention; q, k, v read cat[norm(e), norm(g)] (2h features)."""
+
+    def __init__(self, c: DraftConfig) -> None:
+        super().__init__()
+        bias = c.attention_bias
+        self.q_proj = nn.Linear(2 * c.hidden_size, c.num_attention_heads * c.head_dim, bias=bias)
+        self.k_proj = nn.Linear(2 * c.hidden_size, c.num_key_value_heads * c.head_dim, bias=bias)
+        self.v_proj = nn.Linear(2 * c.hidden_size, c.num_key_value_heads * c.head_dim, bias=bias)
+        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
+        self.head_dim = c.head_dim
+        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else None
+        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else None
+
+    def query(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))
+        return rotate(self.q_norm(q) if self.q_norm is not None else q, cos, sin)
+
+    def key_value(self, x: Tensor, cos: Tensor, sin: Tensor) -> KV:
+        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))
+        k = rotate(self.k_norm(k) if self.k_norm is not None else k, cos, sin)
+        return k, self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+
+
+class DraftMLP(nn.Module):
+    def __init__(self, c: DraftConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DraftLayer(nn.Module):
+    """x = attn(cat[e, hidden_norm(g)]) + g;  a = x + mlp(norm(x))."""
+
+    def __init__(self, c: DraftConfig) -> None:
+        super().__init__()
+        self.self_attn = DraftAttention(c)
+        self.mlp = DraftMLP(c)
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.hidden_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.norm_before_residual = c.norm_before_residual
+
+    def inputs(self, e: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """What attention reads [n, 2h] and the residual [n, h]."""
+        normed = self.hidden_norm(g)
+        return torch.cat([self.input_layernorm(e), normed], dim=-1), normed if self.norm_before_residual else g
+
+    def output(self, attended: Tensor, residual: Tensor) -> Tensor:
+        x = self.self_attn.o_proj(attended.flatten(-2)) + residual
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class DraftModel(nn.Module):
+    """One EAGLE-3 draft. `state_dict` names are the canonical tensor names (plus embed_tokens, d2t)."""
+
+    d2t: Tensor
+    inv_freq: Tensor
+
+    def __init__(self, config: DraftConfig) -> None:
+        super().__init__()
+        c = self.config = config
+        n_aux = len(c.aux_layers)
+        self.fc = nn.Linear(n_aux * c.target_hidden_size, c.hidden_size, bias=False)
+        self.fc_norm = (
+            nn.ModuleList(RMSNorm(c.target_hidden_size, c.rms_norm_eps) for _ in range(n_aux)) if c.fc_norm else None
+        )
+        self.input_norm = RMSNorm(n_aux * c.target_hidden_size, c.rms_norm_eps) if c.input_norm else None
+        self.layers = nn.ModuleList([DraftLayer(c)])
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.lm_head = nn.Linear(c.hidden_size, c.draft_vocab_size, bias=False)
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.embed_tokens.weight.requires_grad_(False)
+        self.register_buffer("d2t", torch.zeros(c.draft_vocab_size, dtype=torch.int64))
+        self.register_buffer("inv_freq", rope_frequencies(c), persistent=False)
+
+    @property
+    def draft_layer(self) -> DraftLayer:
+        layer = self.layers[0]
+        assert isinstance(layer, DraftLayer)
+        return layer
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Embeddings [n, h] of target ids [n]."""
+        return self.embed_tokens(ids)
+
+    def fuse(self, states: list[Tensor]) -> Tensor:
+        """g [n, h] from the target's low, mid and high states, each [n, ht]."""
+        if self.fc_norm is not None:
+            states = [norm(s) for norm, s in zip(self.fc_norm, states, strict=True)]
+        x = torch.cat(list(states), dim=-1)
+        return self.fc(self.input_norm(x) if self.input_norm is not None else x)
+
+    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos, sin [n, head_dim / 2] in fp32 of positions [n]."""
+        angles = positions.float()[:, None] * self.inv_freq.float()
+        return angles.cos(), angles.sin()
+
+    def layer(
+        self, e: Tensor, g: Tensor, positions: Tensor, kv: KV | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, KV]:
+        """One pass of the decoder layer over n rows behind `past` cached ones.
+
+        e: embeddings of the *next* token [n, h]; g: features (or the previous a) [n, h]; positions [n];
+        kv: (k, v), each [past, kv_heads, head_dim], k rotated; mask: bool [n, past + n], True = may be
+        read (None: causal). Returns a [n, h], before the last norm, and the cache grown by n rows.
+        """
+        layer = self.draft_layer
+        x, residual = layer.inputs(e, g)
+        cos, sin = self.rotary(positions)
+        q = layer.self_attn.query(x, cos, sin)
+        k, v = layer.self_attn.key_value(x, cos, sin)
+        if kv is not None:
+            k, v = torch.cat([kv[0], k]), torch.cat([kv[1], v])
+        n, total = q.shape[0], k.shape[0]
+        if mask is None:
+            mask = torch.ones(n, total, dtype=torch.bool, device=q.device).tril(total - n)
+        attended = F.scaled_dot_product_attention(
+            q.transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None], attn_mask=mask, enable_gqa=True
+        )[0].transpose(0, 1)
+        return layer.output(attended, residual), (k, v)
+
+    def next_g(self, a: Tensor) -> Tensor:
+        """What the next draft step reads in place of g: a, or norm(a) if the config has norm_output."""
+        return self.norm(a) if self.config.norm_output else a
+
+    def logits(self, a: Tensor) -> Tensor:
+        """Logits [n, draft_vocab] of a [n, h]."""
+        return self.lm_head(self.norm(a))
+
+    def draft_to_target(self, ids: Tensor) -> Tensor:
+        """Target ids of draft ids: id + d2t[id]."""
+        return ids + self.d2t[ids]
+
+    @property
+    def target_ids(self) -> Tensor:
+        """The target id of every draft id, [draft_vocab]."""
+        return torch.arange(self.config.draft_vocab_size, device=self.d2t.device) + self.d2t
+
+    @classmethod
+    def from_checkpoint(
+        cls, path: str | Path, dtype: torch.dtype = torch.float32, embeddings: Tensor | None = None
+    ) -> DraftModel:
+        """Load a directory this package exported (flat or speculators form).
+
+        embeddings [vocab, h]: the target's, for a checkpoint without its own; if neither is there,
+        `embed_tokens` has to be set by the caller before use (it is filled with NaN).
+        Raises FileNotFoundError or ValueError naming the file and what was expected of it.
+        """
+        from vllm_eagle3.training.export import read_checkpoint
+
+        config, tensors = read_checkpoint(Path(path))
+        model = cls(config)
+        if "embed_tokens.weight" not in tensors:
+            shape = (config.vocab_size, config.hidden_size)
+            tensors["embed_tokens.weight"] = torch.full(shape, torch.nan) if embeddings is None else embeddings
+        model.load_state_dict(tensors)
+        return model.to(dtype).eval()
+
+
+def config_from_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`. Raises ValueError that names the file when it is no object."""
+    data = json.loads(path.read_text())
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(data).__name__}")
+    return data
