@@ -28,6 +28,8 @@ setup(
     },
     entry_points={
         "vllm.general_plugins": ["eagle3 = vllm_eagle3.plugin:register"],
+        # Claims no platform: the one hook that runs before vLLM looks for Triton (runner/interpreter.py).
+        "vllm.platform_plugins": ["eagle3_interpreter = vllm_eagle3.runner.interpreter:platform_plugin"],
         "console_scripts": ["vllm-eagle3 = vllm_eagle3.cli:main"],
     },
 )

@@ -1,0 +1,43 @@
+"""Several vLLM engines one after another in one process, each cleaned up."""
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+SMALL = {
+    "dtype": "float32",
+    "max_model_len": 256,
+    "enforce_eager": True,
+    "max_num_seqs": 8,
+    "max_num_batched_tokens": 256,
+    "skip_tokenizer_init": True,
+    "disable_log_stats": False,
+}
+
+
+@contextmanager
+def running(model: Any, **kwargs: Any) -> Iterator[Any]:
+    """`vllm.LLM(model, **kwargs)` over small defaults; shut down and freed on exit."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm = LLM(model=str(model), **(SMALL | kwargs))
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def speculative(draft: Any, tokens: int, **kwargs: Any) -> dict[str, Any]:
+    """`speculative_config` of method eagle3."""
+    return {"method": "eagle3", "model": str(draft), "num_speculative_tokens": tokens, **kwargs}
+
+
+def token_ids(llm: Any, prompts: list[list[int]], params: Any) -> list[list[int]]:
+    """Generated ids per prompt; `params` is one SamplingParams or a list of them."""
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
