@@ -1,0 +1,295 @@
+"""config.json of any dialect -> `DraftConfig`, with every convention resolved and said."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_eagle3.checkpoint.aux_layers import AuxLayers, resolve_aux_layers
+from vllm_eagle3.checkpoint.errors import CheckpointError
+from vllm_eagle3.checkpoint.rope import resolve_rope
+from vllm_eagle3.checkpoint.stock import LLAMA, left_to_stock
+from vllm_eagle3.checkpoint.target import TargetFacts
+
+NUM_AUX_HIDDEN_STATES = 3
+# Keys of eagle_config that only ModelOpt writes.
+MODELOPT_KEYS = {
+    "use_input_layernorm_in_first_layer",
+    "use_last_layernorm",
+    "use_mtp_layernorm",
+    "next_layer_regular",
+    "parallel_draft_step",
+    "parallel_draft_heads_num_layers",
+    "norm_before_fc",
+}
+# What of a layer's config is passed on unchanged where present; the rest of the body is resolved here.
+PASSED_ON = (
+    "initializer_range",
+    "attention_dropout",
+    "dtype",
+    "torch_dtype",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "logit_scale",
+    "quantization_config",
+)
+
+
+@dataclass(frozen=True)
+class DraftConfig:
+    """The canonical form of a draft's configuration.
+
+    With `unsupported_reason` set, stock vLLM serves the draft and this plugin does not: then only `dialect`,
+    `body` (the layer's config as found) and the notes mean anything; sizes the config does not state are 0.
+    """
+
+    dialect: str
+    """"safeailab", "specforge", "modelopt" or "speculators"."""
+    body: dict[str, Any]
+    """Flat config of the layer, enough for HF's LlamaConfig or Qwen3Config (`body["model_type"]`)."""
+    hidden_size: int
+    target_hidden_size: int
+    vocab_size: int
+    """Of the target: rows of the embedding."""
+    draft_vocab_size: int
+    """Rows of the draft's lm_head; equal to `vocab_size` where the draft has no vocabulary of its own."""
+    aux_layers: AuxLayers | None
+    """After-k ids; None when neither the config nor the target's number of layers is known."""
+    max_position_embeddings: int
+    num_aux_hidden_states: int = NUM_AUX_HIDDEN_STATES
+    use_aux_hidden_state: bool = True
+    norm_before_residual: bool = False
+    """The residual is hidden_norm(g), not g."""
+    norm_before_fc: bool = False
+    """One RMSNorm (`input_norm`) over the concatenated aux states, before fc."""
+    fc_norm: bool = False
+    """One RMSNorm per aux state (`fc_norm.{0,1,2}`), before fc."""
+    norm_output: bool = False
+    """The next draft step gets norm(a), not a."""
+    tie_word_embeddings: bool = False
+    """Without a shipped lm_head, the rows of a shipped embedding are the head."""
+    notes: tuple[str, ...] = ()
+    """What was resolved, and why."""
+    unsupported_reason: str | None = None
+
+    @property
+    def has_draft_vocab(self) -> bool:
+        """The draft's vocabulary is a part of the target's, so d2t is needed."""
+        return self.draft_vocab_size != self.vocab_size
+
+
+def resolve_config(
+    config: Mapping[str, Any],
+    *,
+    source: str,
+    target_config: Mapping[str, Any] | None = None,
+    aux_layers: Any = None,
+) -> DraftConfig:
+    """A draft's config.json in any dialect -> the canonical form.
+
+    Args:
+        config: the parsed config.json.
+        source: what errors name, usually the path of config.json.
+        target_config: the target's parsed config.json (multimodal ones nest the text model); checked against.
+        aux_layers: three after-k ids that override the checkpoint's (option `aux_layers`).
+
+    Raises:
+        CheckpointError: something is wrong, ambiguous or made for another target.
+    """
+    reader = _Reader(config, source)
+    dialect = _dialect(config)
+    if dialect == "speculators":
+        reader = _Reader(reader.mapping("transformer_layer_config", required=True), source)
+    layer = reader.values
+    if reason := left_to_stock(config, layer):
+        return _unsupported(dialect, config, layer, reason)
+
+    notes = [f"dialect: {dialect}"]
+    body = _body(reader, config, notes)
+    flags = _Reader(config, source)
+    _refuse_unknown_forward(flags.mapping("eagle_config"), source)
+    vocab_size = reader.size("vocab_size")
+    draft_vocab_size = flags.size("draft_vocab_size", default=vocab_size)
+    if draft_vocab_size > vocab_size:
+        raise CheckpointError(
+            f"{source}: draft_vocab_size {draft_vocab_size} exceeds vocab_size {vocab_size}"
+        )
+    target_hidden_size = flags.size("target_hidden_size", default=body["hidden_size"])
+
+    target = None
+    if target_config is not None:
+        target = TargetFacts.from_config(target_config)
+        target.check(hidden_size=target_hidden_size, vocab_size=vocab_size, source=source)
+        notes += target.notes(body["max_position_embeddings"], _verifier(config))
+    aux, note = resolve_aux_layers(
+        config,
+        is_speculators=dialect == "speculators",
+        num_target_layers=target.num_layers if target else None,
+        override=aux_layers,
+        source=source,
+    )
+    notes.append(note)
+    if dialect == "speculators" and config.get("norm_before_residual") is None:
+        norm_before_residual = True
+        notes.append(
+            "norm_before_residual: MISSING; speculators' trainer means true, its config class false; true is "
+            "taken, as vLLM does. If acceptance is low, state it in config.json"
+        )
+    else:
+        norm_before_residual = flags.flag("norm_before_residual")
+    nested_norm = _Reader(flags.mapping("eagle_config"), source).flag(
+        "norm_before_fc", default=flags.flag("norm_before_fc")
+    )
+    return DraftConfig(
+        dialect=dialect,
+        body=body,
+        hidden_size=body["hidden_size"],
+        target_hidden_size=target_hidden_size,
+        vocab_size=vocab_size,
+        draft_vocab_size=draft_vocab_size,
+        aux_layers=aux,
+        max_position_embeddings=body["max_position_embeddings"],
+        norm_before_residual=norm_before_residual,
+        norm_before_fc=nested_norm,
+        fc_norm=flags.flag("fc_norm") or flags.flag("use_aux_norm"),
+        norm_output=flags.flag("norm_output"),
+        tie_word_embeddings=body["tie_word_embeddings"],
+        notes=tuple(notes),
+    )
+
+
+def _dialect(config: Mapping[str, Any]) -> str:
+    if "speculators_model_type" in config or "transformer_layer_config" in config:
+        return "speculators"
+    nested = config.get("eagle_config")
+    if isinstance(nested, Mapping) and MODELOPT_KEYS & nested.keys():
+        return "modelopt"
+    if nested is not None or "LlamaForCausalLMEagle3" in (config.get("architectures") or []):
+        return "specforge"
+    return "safeailab"
+
+
+def _body(reader: "_Reader", config: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
+    """The layer's config in canonical form: every size stated, transformers-5 style rope."""
+    layer, source = reader.values, reader.source
+    family = _family(config, layer)
+    rope, rope_notes = resolve_rope(layer, source=source)
+    notes += rope_notes
+    heads, hidden_size = reader.size("num_attention_heads"), reader.size("hidden_size")
+    kv_heads = reader.size("num_key_value_heads", default=heads)
+    if heads % kv_heads:
+        raise CheckpointError(
+            f"{source}: {heads} attention heads are no multiple of {kv_heads} key/value heads"
+        )
+    if layer.get("head_dim") is None and hidden_size % heads:
+        raise CheckpointError(
+            f"{source}: no head_dim, and hidden_size {hidden_size} is no multiple of {heads} attention heads"
+        )
+    if (act := layer.get("hidden_act", "silu")) != "silu":
+        raise CheckpointError(f"{source}: hidden_act: expected 'silu', found {act!r}")
+    if layer.get("rms_norm_eps") is None:
+        notes.append("rms_norm_eps: missing, so transformers' default 1e-06")
+    body = {key: layer[key] for key in PASSED_ON if layer.get(key) is not None}
+    if config.get("quantization_config") is not None:
+        body["quantization_config"] = config["quantization_config"]
+    layer_type = (layer.get("layer_types") or ["full_attention"])[0]
+    sliding = layer_type == "sliding_attention"
+    return body | {
+        "model_type": family,
+        "hidden_size": hidden_size,
+        "intermediate_size": reader.size("intermediate_size"),
+        "num_hidden_layers": reader.size("num_hidden_layers"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": reader.size("head_dim", default=hidden_size // heads),
+        "vocab_size": reader.size("vocab_size"),
+        "max_position_embeddings": reader.size("max_position_embeddings"),
+        "hidden_act": "silu",
+        "rms_norm_eps": layer.get("rms_norm_eps") or 1e-6,
+        "rope_parameters": rope,
+        "attention_bias": reader.flag("attention_bias"),
+        "mlp_bias": reader.flag("mlp_bias"),
+        "tie_word_embeddings": reader.flag("tie_word_embeddings"),
+        "layer_types": [layer_type],
+        "use_sliding_window": sliding,
+        "sliding_window": reader.size("sliding_window") if sliding else None,
+    }
+
+
+def _family(config: Mapping[str, Any], layer: Mapping[str, Any]) -> str:
+    """llama or qwen3 (norms on q and k): by architecture where vLLM goes by it, else by the type."""
+    if layer is not config:
+        return layer.get("model_type", "llama")
+    return "llama" if config["architectures"][0] in LLAMA else "qwen3"
+
+
+def _refuse_unknown_forward(nested: Mapping[str, Any], source: str) -> None:
+    """ModelOpt's switches of the layer: vLLM ignores them, and a draft that uses them drafts noise."""
+    wanted = (
+        ("use_input_layernorm_in_first_layer", True),
+        ("use_last_layernorm", True),
+        ("use_mtp_layernorm", False),
+    )
+    for key, value in wanted:
+        if nested.get(key) not in (None, value):
+            raise CheckpointError(
+                f"{source}: eagle_config.{key}: expected {value}, found {nested[key]!r}: neither vLLM nor this "
+                "plugin computes this variant of the layer"
+            )
+
+
+def _verifier(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    return (config.get("speculators_config") or {}).get("verifier") or {}
+
+
+def _unsupported(
+    dialect: str, config: Mapping[str, Any], layer: Mapping[str, Any], reason: str
+) -> DraftConfig:
+    def size(key: str, default: int = 0) -> int:
+        value = config.get(key, layer.get(key))
+        return value if isinstance(value, int) else default
+
+    return DraftConfig(
+        dialect=dialect,
+        body=dict(layer),
+        hidden_size=size("hidden_size"),
+        target_hidden_size=size("target_hidden_size", size("hidden_size")),
+        vocab_size=size("vocab_size"),
+        draft_vocab_size=size("draft_vocab_size", size("vocab_size")),
+        aux_layers=None,
+        max_position_embeddings=size("max_position_embeddings"),
+        notes=(f"dialect: {dialect}", f"left to stock vLLM: {reason}"),
+        unsupported_reason=reason,
+    )
+
+
+class _Reader:
+    """Typed access to a JSON object, with errors that name file and key."""
+
+    def __init__(self, values: Mapping[str, Any], source: str) -> None:
+        if not isinstance(values, Mapping):
+            raise CheckpointError(f"{source}: expected a JSON object, found {type(values).__name__}")
+        self.values, self.source = values, source
+
+    def size(self, key: str, default: int | None = None) -> int:
+        """A positive integer."""
+        value = self.values.get(key)
+        value = default if value is None else value
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise CheckpointError(f"{self.source}: {key}: expected a positive integer, found {value!r}")
+        return value
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        value = self.values.get(key)
+        value = default if value is None else value
+        if not isinstance(value, bool):
+            raise CheckpointError(f"{self.source}: {key}: expected true or false, found {value!r}")
+        return value
+
+    def mapping(self, key: str, required: bool = False) -> Mapping[str, Any]:
+        value = self.values.get(key)
+        if value is None and not required:
+            return {}
+        if not isinstance(value, Mapping):
+            raise CheckpointError(f"{self.source}: {key}: expected an object, found {value!r}")
+        return value

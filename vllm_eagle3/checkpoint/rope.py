@@ -1,0 +1,41 @@
+"""Rotary embedding settings of both generations of HF configs -> one `rope_parameters` dict."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from vllm_eagle3.checkpoint.errors import CheckpointError
+
+DEFAULT_THETA = 10000.0  # transformers' default for llama and qwen3
+
+
+def resolve_rope(layer: Mapping[str, Any], *, source: str) -> tuple[dict[str, Any], list[str]]:
+    """`rope_parameters` (transformers 5) from it, or from `rope_theta` and `rope_scaling` (transformers 4).
+
+    Returns:
+        The dict, with at least `rope_type` and `rope_theta`; notes.
+
+    Raises:
+        CheckpointError: a value that is not a dict, or two different bases.
+    """
+    for key in ("rope_parameters", "rope_scaling"):
+        if not isinstance(layer.get(key) or {}, Mapping):
+            raise CheckpointError(f"{source}: {key}: expected an object, found {layer[key]!r}")
+    notes: list[str] = []
+    given = layer.get("rope_parameters") or {}
+    layer_type = (layer.get("layer_types") or ["full_attention"])[0]
+    given = given.get(layer_type, given)  # one dict per layer type
+    rope = {**(layer.get("rope_scaling") or {}), **given}
+    theta = layer.get("rope_theta")
+    if theta is not None and rope.setdefault("rope_theta", theta) != theta:
+        raise CheckpointError(
+            f"{source}: rope_theta {theta} contradicts {rope['rope_theta']} in rope_parameters or _scaling"
+        )
+    if rope.get("rope_theta") is None:
+        rope["rope_theta"] = DEFAULT_THETA
+        notes.append(f"rope_theta: missing, so transformers' default {DEFAULT_THETA:g}")
+    old_style = rope.pop("type", None)
+    if rope.get("rope_type") is None:
+        rope["rope_type"] = "default" if old_style in (None, "mrope") else old_style
+    if layer.get("partial_rotary_factor") is not None:
+        rope.setdefault("partial_rotary_factor", layer["partial_rotary_factor"])
+    return rope, notes

@@ -1,0 +1,124 @@
+"""Options of the plugin: `--additional-config '{"eagle3": {...}}'` -> `Eagle3Options`.
+
+Each option is described once, in the metadata of its field; `options_table` makes the README's table of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+KEY = "eagle3"
+POLICIES = ("auto", "fixed")
+DEFAULT_POLICY = "fixed"  # the one place to switch the default
+
+
+def _option(default: Any, kind: str, valid: str, text: str) -> Any:
+    return dataclasses.field(default=default, metadata={"kind": kind, "valid": valid, "help": text})
+
+
+@dataclass(frozen=True)
+class TreeOptions:
+    """Shape of a draft tree. Raises ValueError on a value out of range."""
+
+    depth: int = _option(6, "int", "1 to 16", "Draft steps: the longest path of the tree, root excluded.")
+    topk: int = _option(10, "int", "1 to 32", "Children taken per expanded node; nodes expanded per step.")
+    nodes: int = _option(60, "int", "1 to 62", "Nodes kept after reranking and verified, root excluded.")
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("depth", 1, 16), ("topk", 1, 32), ("nodes", 1, 62)):
+            value = getattr(self, name)
+            if not _is_int(value) or not low <= value <= high:
+                raise _bad(f"tree.{name}", value, f"an integer from {low} to {high}")
+
+
+@dataclass(frozen=True)
+class Eagle3Options:
+    """The plugin's options, checked at construction: ValueError names the option that has a bad value."""
+
+    aux_layers: tuple[int, int, int] | None = _option(
+        None,
+        "[int, int, int]",
+        "three strictly increasing ids from 0 to the target's number of layers",
+        "Target layers the draft reads, overriding the checkpoint. Id k is the state after k layers (0: the "
+        "embedding), as in vLLM.",
+    )
+    tree: TreeOptions | None = _option(
+        None, "object", "null (a chain) or an object with the keys below", "Draft trees instead of chains."
+    )
+    policy: str = _option(
+        DEFAULT_POLICY,
+        "str",
+        " or ".join(f'"{policy}"' for policy in POLICIES),
+        '"fixed" drafts what num_speculative_tokens or tree says in every step; "auto" shrinks it to what '
+        "pays at the present batch size.",
+    )
+    fused_kernels: bool = _option(
+        True, "bool", "true or false", "Use the fused kernels. false runs their plain PyTorch twins."
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.aux_layers, list):  # JSON has no tuples
+            object.__setattr__(self, "aux_layers", tuple(self.aux_layers))
+        if isinstance(self.tree, Mapping):
+            object.__setattr__(self, "tree", _from_mapping(TreeOptions, self.tree, "tree."))
+        if self.aux_layers is not None and not _are_layer_ids(self.aux_layers):
+            raise _bad("aux_layers", self.aux_layers, "null or three strictly increasing ids from 0")
+        if not (self.tree is None or isinstance(self.tree, TreeOptions)):
+            raise _bad("tree", self.tree, f"null or an object with the keys {', '.join(_names(TreeOptions))}")
+        if self.policy not in POLICIES:
+            raise _bad("policy", self.policy, " or ".join(map(repr, POLICIES)))
+        if not isinstance(self.fused_kernels, bool):
+            raise _bad("fused_kernels", self.fused_kernels, "true or false")
+
+    @classmethod
+    def from_additional_config(cls, additional_config: Mapping[str, Any] | None) -> Eagle3Options:
+        """Options under the key "eagle3" of vLLM's `additional_config`; other keys belong to others.
+
+        Raises:
+            ValueError: an unknown key or a bad value; names the key, what was found and what is valid.
+        """
+        options = (additional_config or {}).get(KEY)
+        return _from_mapping(cls, {} if options is None else options, "")
+
+
+def options_table() -> str:
+    """The options as a Markdown table, for the README."""
+    rows = ["| option | type | default | valid | meaning |", "| --- | --- | --- | --- | --- |"]
+    for prefix, cls in (("", Eagle3Options), ("tree.", TreeOptions)):
+        for field in dataclasses.fields(cls):
+            cells = (f"`{prefix}{field.name}`", field.metadata["kind"], f"`{json.dumps(field.default)}`")
+            rows.append(f"| {' | '.join(cells)} | {field.metadata['valid']} | {field.metadata['help']} |")
+    return "\n".join(rows) + "\n"
+
+
+def _from_mapping(cls: type[Any], options: Any, prefix: str) -> Any:
+    if not isinstance(options, Mapping):
+        raise _bad(prefix.rstrip("."), options, f"an object with the keys {', '.join(_names(cls))}")
+    for key in options:
+        if key not in _names(cls):
+            where = f"{KEY}.{prefix}{key}"
+            raise ValueError(f"additional_config: unknown option {where!r}; valid: {', '.join(_names(cls))}")
+    return cls(**options)
+
+
+def _bad(name: str, found: object, expected: str) -> ValueError:
+    option = f"{KEY}.{name}" if name else KEY
+    return ValueError(f"additional_config: option {option!r}: expected {expected}, found {found!r}")
+
+
+def _names(cls: type[Any]) -> list[str]:
+    return [field.name for field in dataclasses.fields(cls)]
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _are_layer_ids(ids: object) -> bool:
+    if not (isinstance(ids, tuple) and len(ids) == 3 and all(_is_int(i) for i in ids)):
+        return False
+    return 0 <= ids[0] < ids[1] < ids[2]
