@@ -1,9 +1,10 @@
 """The target's own answers to prompts, as token ids: the text a draft is trained on.
 
 Each answer is one row, in the order of the conversation, with everything the model read before it:
-    {"id", "source", "turn", "sample", "temperature", "prompt_token_ids", "response_token_ids", "finish_reason"}
-The loss mask is 0 on `prompt_token_ids` and 1 on `response_token_ids`. Rows are written as shards
-`part-00000.jsonl.gz`, each in one atomic step, so a killed run loses at most one shard and is resumed by the same command.
+    {"id", "source", "turn", "sample", "temperature",
+     "prompt_token_ids", "response_token_ids", "finish_reason"}
+The loss mask is 0 on `prompt_token_ids`, 1 on `response_token_ids`. Rows are written as shards `part-00000.jsonl.gz`,
+each in one atomic step: a killed run loses at most one shard, and the same command resumes it.
 """
 
 import argparse
@@ -52,7 +53,7 @@ class GenerateSettings:
         if not self.temperatures or any(t < 0 for t in self.temperatures):
             raise ValueError(f"temperatures: expected one or more values >= 0, found {self.temperatures}")
         if self.skip_last < 0 or (self.limit is not None and self.limit < 1):
-            raise ValueError(f"expected skip_last >= 0 and limit >= 1, found {self.skip_last} and {self.limit}")
+            raise ValueError(f"expected skip_last >= 0, limit >= 1; found {self.skip_last}, {self.limit}")
 
 
 @dataclass
@@ -99,7 +100,7 @@ def shards(out: Path) -> list[Path]:
 
 
 def done_keys(files: list[Path]) -> set[tuple[str, int]]:
-    """(id, sample) of every row of `files`. A conversation's rows are written together: a key is done or not."""
+    """(id, sample) of every row of `files`: a conversation's rows are written together."""
     return {(row["id"], row.get("sample", 0)) for path in files for _, row in read_rows(path)}
 
 
@@ -138,12 +139,13 @@ def answer(llm: Any, todo: list[Conversation], settings: GenerateSettings) -> It
         if turn == len(conversation.prompt.turns):
             return False
         messages = [*conversation.messages, {"role": "user", "content": conversation.prompt.turns[turn]}]
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         room = settings.max_model_len - len(ids)
         if room < MIN_ROOM:
             return False
         conversation.messages = messages
-        params = SamplingParams(temperature=conversation.temperature, max_tokens=min(settings.max_tokens, room))
+        max_tokens = min(settings.max_tokens, room)
+        params = SamplingParams(temperature=conversation.temperature, max_tokens=max_tokens)
         request_id = f"{conversation.sample}/{turn}/{conversation.prompt.id}"
         engine.add_request(request_id, {"prompt_token_ids": ids}, params)
         running[request_id] = conversation
@@ -171,7 +173,7 @@ def answer(llm: Any, todo: list[Conversation], settings: GenerateSettings) -> It
 
 
 def generate(settings: GenerateSettings) -> int:
-    """Answers what is not yet answered, into shards of `settings.out`; returns the number of answer tokens made.
+    """Answers what is not yet answered, into shards of `settings.out`. Returns the answer tokens made.
 
     Raises:
         ValueError: bad prompts or settings.
@@ -192,7 +194,8 @@ def generate(settings: GenerateSettings) -> int:
             skipped += not conversation.rows
             tokens += sum(len(row["response_token_ids"]) for row in conversation.rows)
             seconds = progress.format_dict["elapsed"]
-            progress.set_postfix_str(f"{tokens} tokens, {tokens / max(seconds, 1e-9):.0f} tokens/s", refresh=False)
+            rate = tokens / max(seconds, 1e-9)
+            progress.set_postfix_str(f"{tokens} tokens, {rate:.0f} tokens/s", refresh=False)
             progress.update()
     finally:
         writer.flush()
@@ -206,21 +209,23 @@ def generate(settings: GenerateSettings) -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", required=True, help="directory or name of the target model")
     parser.add_argument("--data", required=True, nargs="+",
-                        help="prompts: .jsonl/.json (.gz) with `turns`, `conversations` or `messages`, or a data set's name")
-    parser.add_argument("--out", required=True, type=Path, help="directory of the shards; run again to resume")
+                        help="prompts: .jsonl or .json (.gz) with `turns`, `conversations` or `messages`, "
+                             "or a data set's name")
+    parser.add_argument("--out", required=True, type=Path, help="directory of the shards, resumed if there")
     parser.add_argument("--sources", help="comma-separated: only prompts of these sources")
     parser.add_argument("--exclude", nargs="*", default=[], metavar="FILE",
                         help="answer files whose prompts are left out")
     parser.add_argument("--skip-last", type=int, default=0, help="leave out the last N prompts (validation)")
     parser.add_argument("--limit", type=int, help="at most this many conversations")
-    parser.add_argument("--temperatures", default="0,1", help="comma-separated, alternating (default: %(default)s)")
+    parser.add_argument("--temperatures", default="0,1", help="alternating; default: %(default)s")
     for name, text in (("samples", "answers per prompt"), ("max_tokens", "new tokens per answer"),
                        ("max_model_len", "prompt and answer, tokens"), ("max_num_seqs", "answers at a time"),
                        ("shard_rows", "rows per file")):
         default = getattr(GenerateSettings, name)
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=f"{text} ({default})")
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(option, type=int, default=default, help=f"{text} ({default})")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--enforce-eager", action="store_true", help="no torch.compile: starts sooner, runs slower")
+    parser.add_argument("--enforce-eager", action="store_true", help="no torch.compile: starts sooner")
 
 
 def settings_from(arguments: argparse.Namespace) -> GenerateSettings:
