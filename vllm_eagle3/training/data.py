@@ -1,0 +1,156 @@
+"""Token rows with a loss mask: reading, validation split, draft vocabulary, packed batches."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Document:
+    """One conversation: tokens int32 [n], mask bool [n] (True on the target's own answers)."""
+
+    id: str
+    source: str
+    temperature: float
+    tokens: np.ndarray
+    mask: np.ndarray
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Documents laid end to end: tokens [T] int64, mask [T] bool, lengths [B]."""
+
+    tokens: Tensor
+    mask: Tensor
+    lengths: Tensor
+
+    def to(self, device: torch.device | str) -> Batch:
+        return Batch(self.tokens.to(device), self.mask.to(device), self.lengths.to(device))
+
+
+def parse_row(row: dict[str, Any], where: str) -> Document:
+    """A Document of {"prompt_token_ids", "response_token_ids"} or {"token_ids", "loss_mask"}.
+
+    Raises ValueError that names the place, what was expected and what was found.
+    """
+    if "token_ids" in row and "loss_mask" in row:
+        tokens, mask = row["token_ids"], row["loss_mask"]
+    elif "prompt_token_ids" in row and "response_token_ids" in row:
+        prompt, answer = row["prompt_token_ids"], row["response_token_ids"]
+        tokens, mask = prompt + answer, [0] * len(prompt) + [1] * len(answer)
+    else:
+        raise ValueError(
+            f"{where}: expected prompt_token_ids and response_token_ids, or token_ids and loss_mask; "
+            f"found {', '.join(sorted(row)) or 'an empty object'}"
+        )
+    if len(tokens) != len(mask):
+        raise ValueError(f"{where}: token_ids has {len(tokens)} entries but loss_mask has {len(mask)}")
+    return Document(
+        str(row.get("id", where)),
+        str(row.get("source", "unknown")),
+        float(row.get("temperature", 0.0)),
+        np.asarray(tokens, dtype=np.int32),
+        np.asarray(mask, dtype=bool),
+    )
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """JSON objects of a .jsonl or .jsonl.gz file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such data file")
+    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not valid JSON ({error})") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
+            yield row
+
+
+def load_documents(paths: Sequence[str | Path], vocab_size: int) -> list[Document]:
+    """All rows of `paths` with at least two answer tokens in a row (one is never drafted).
+
+    Raises ValueError when there is none, or when a token id does not fit the target's vocabulary.
+    """
+    documents = []
+    for path in map(Path, paths):
+        for number, row in enumerate(read_rows(path), 1):
+            doc = parse_row(row, f"{path}, row {number}")
+            if len(doc.tokens) and not 0 <= doc.tokens.min() <= doc.tokens.max() < vocab_size:
+                raise ValueError(
+                    f"{path}, row {number}: token ids lie in {doc.tokens.min()}..{doc.tokens.max()}, but the target's "
+                    f"vocabulary has {vocab_size} entries: was this file made with another model?"
+                )
+            if (doc.mask[1:] & doc.mask[:-1]).any():
+                documents.append(doc)
+    if not documents:
+        raise ValueError(f"no row with two or more answer tokens in {', '.join(map(str, paths)) or 'an empty list'}")
+    return documents
+
+
+def split(documents: Sequence[Document], share: float) -> tuple[list[Document], list[Document]]:
+    """(training, validation) by a hash of the id, so that a prompt stays on its side when data is added."""
+
+    def held_out(doc: Document) -> bool:
+        return int(hashlib.sha1(doc.id.split("#")[0].encode()).hexdigest()[:8], 16) < share * 2**32
+
+    train = [d for d in documents if not held_out(d)]
+    return train, [d for d in documents if held_out(d)]
+
+
+def token_counts(documents: Sequence[Document], vocab_size: int) -> np.ndarray:
+    """How often each target id occurs under the loss mask, int64 [vocab]."""
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for doc in documents:
+        counts += np.bincount(doc.tokens[doc.mask], minlength=vocab_size)
+    return counts
+
+
+def draft_vocabulary(counts: np.ndarray, size: int) -> Tensor:
+    """Sorted target ids [size] of the `size` most frequent tokens (ties: the lower id)."""
+    if not 0 < size <= len(counts):
+        raise ValueError(f"draft vocabulary: expected a size in 1..{len(counts)}, found {size}")
+    return torch.from_numpy(np.sort(np.argsort(-counts, kind="stable")[:size]))
+
+
+def make_batch(documents: Sequence[Document]) -> Batch:
+    return Batch(
+        torch.from_numpy(np.concatenate([d.tokens for d in documents]).astype(np.int64)),
+        torch.from_numpy(np.concatenate([d.mask for d in documents])),
+        torch.tensor([len(d.tokens) for d in documents]),
+    )
+
+
+def plan_batches(lengths: Sequence[int], tokens: int, seed: int, epoch: int) -> list[list[int]]:
+    """One epoch: document indices grouped so that each group, padded, has at most `tokens` tokens.
+
+    Documents are shuffled, then sorted by length within windows of 32 batches so that little is padding.
+    A document longer than `tokens` makes a batch of its own: nothing is cut.
+    """
+    rng = np.random.default_rng((seed, epoch))
+    order = rng.permutation(len(lengths))
+    window = max(1, int(32 * tokens / max(1.0, float(np.mean(lengths)))))
+    groups: list[list[int]] = []
+    for start in range(0, len(order), window):
+        group: list[int] = []
+        for index in sorted(order[start : start + window].tolist(), key=lambda i: (lengths[i], i)):
+            if group and (len(group) + 1) * lengths[index] > tokens:
+                groups.append(group)
+                group = []
+            group.append(index)
+        groups.append(group)
+    return [groups[i] for i in rng.permutation(len(groups))]

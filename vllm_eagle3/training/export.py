@@ -1,0 +1,156 @@
+"""Drafts to and from disk: the flat SafeAILab/SpecForge form and the speculators form."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vllm_eagle3.training.model import DraftConfig, DraftModel, config_from_json
+
+FORMATS = ("flat", "speculators")
+OPTIONS = ("norm_before_residual", "norm_output", "fc_norm")
+
+
+def body(config: DraftConfig) -> dict[str, Any]:
+    """The decoder layer as a transformers config: Llama, or Qwen3 where q and k are normed per head."""
+    return {
+        "model_type": "qwen3" if config.qk_norm else "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_act": "silu",
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": 1,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.max_position_embeddings,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_parameters": config.rope_parameters,
+        "attention_bias": config.attention_bias,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+    }
+
+
+def flat_config(config: DraftConfig, torch_dtype: str) -> dict[str, Any]:
+    """config.json of the flat form; nested aux ids name the *output* of a layer, so they are one less than ours."""
+    return body(config) | {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "draft_vocab_size": config.draft_vocab_size,
+        "target_hidden_size": config.target_hidden_size,
+        "eagle_config": {
+            "eagle_aux_hidden_state_layer_ids": [k - 1 for k in config.aux_layers],
+            "use_aux_hidden_state": True,
+        },
+        **{name: getattr(config, name) for name in OPTIONS},
+        "norm_before_fc": config.input_norm,
+        "torch_dtype": torch_dtype,
+    }
+
+
+def speculators_config(
+    config: DraftConfig, torch_dtype: str, verifier: str, architectures: list[str], num_speculative_tokens: int
+) -> dict[str, Any]:
+    """config.json of the speculators form; its aux ids name the *input* of a layer, as ours do."""
+    return {
+        "architectures": ["Eagle3Speculator"],
+        "speculators_model_type": "eagle3",
+        "speculators_version": "0.3.0",
+        "speculators_config": {
+            "algorithm": "eagle3",
+            "default_proposal_method": "greedy",
+            "proposal_methods": [
+                {
+                    "proposal_type": "greedy",
+                    "speculative_tokens": num_speculative_tokens,
+                    "accept_tolerance": 0.0,
+                    "verifier_accept_k": 1,
+                }
+            ],
+            "verifier": {"name_or_path": verifier, "architectures": architectures},
+        },
+        "transformer_layer_config": body(config) | {"vocab_size": config.vocab_size},
+        "draft_vocab_size": config.draft_vocab_size,
+        "target_hidden_size": config.target_hidden_size,
+        "eagle_aux_hidden_state_layer_ids": list(config.aux_layers),
+        **{name: getattr(config, name) for name in OPTIONS},
+        "norm_before_fc": config.input_norm,
+        "embed_requires_grad": False,
+        "tie_word_embeddings": False,
+        "torch_dtype": torch_dtype,
+    }
+
+
+def export(
+    model: DraftModel,
+    path: str | Path,
+    form: str = "flat",
+    dtype: torch.dtype = torch.bfloat16,
+    verifier: str = "",
+    verifier_architectures: tuple[str, ...] = ("LlamaForCausalLM",),
+    num_speculative_tokens: int = 5,
+) -> Path:
+    """Write config.json and model.safetensors (each in one atomic step); returns the directory.
+
+    flat: layer prefix `midlayer.`, no embeddings (the target's are used). speculators: layer prefix `layers.0.`,
+    embeddings shipped. Raises ValueError for an option that the flat form cannot carry.
+    """
+    if form not in FORMATS:
+        raise ValueError(f"form must be one of {', '.join(FORMATS)}, found {form!r}")
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    name = str(dtype).removeprefix("torch.")
+    tensors = {}
+    for key, value in model.state_dict().items():
+        if key == "embed_tokens.weight" and form == "flat":
+            continue
+        if form == "flat":
+            key = key.replace("layers.0.", "midlayer.")
+        tensors[key] = (value if key == "d2t" else value.to(dtype)).detach().cpu().contiguous()
+    t2d = torch.zeros(model.config.vocab_size, dtype=torch.bool)
+    t2d[model.target_ids.cpu()] = True
+    tensors["t2d"] = t2d
+    if form == "flat":
+        config = flat_config(model.config, name)
+    else:
+        config = speculators_config(
+            model.config, name, verifier, list(verifier_architectures), num_speculative_tokens
+        )
+    partial = path / "model.safetensors.partial"
+    save_file(tensors, partial, metadata={"format": "pt"})
+    os.replace(partial, path / "model.safetensors")
+    text = path / "config.json.partial"
+    text.write_text(json.dumps(config, indent=2) + "\n")
+    os.replace(text, path / "config.json")
+    return path
+
+
+def read_checkpoint(path: Path) -> tuple[DraftConfig, dict[str, Tensor]]:
+    """Config and canonical tensors of a directory that `export` wrote. The general reader is vllm_eagle3.checkpoint."""
+    for name in ("config.json", "model.safetensors"):
+        if not (path / name).is_file():
+            raise FileNotFoundError(f"{path / name}: not found; expected a draft in the flat or speculators form")
+    raw = config_from_json(path / "config.json")
+    inner = raw.get("transformer_layer_config", raw)
+    if "eagle_aux_hidden_state_layer_ids" in raw:
+        aux = tuple(raw["eagle_aux_hidden_state_layer_ids"])
+    elif "eagle_aux_hidden_state_layer_ids" in raw.get("eagle_config", {}):
+        aux = tuple(k + 1 for k in raw["eagle_config"]["eagle_aux_hidden_state_layer_ids"])
+    else:
+        raise ValueError(f"{path / 'config.json'}: eagle_aux_hidden_state_layer_ids is missing; was this file exported here?")
+    shared = {f.name for f in dataclasses.fields(DraftConfig)} & set(inner)
+    values: dict[str, Any] = {name: inner[name] for name in shared}
+    values |= {name: raw[name] for name in (*OPTIONS, "draft_vocab_size", "target_hidden_size")}
+    values |= {"aux_layers": aux, "input_norm": raw["norm_before_fc"], "qk_norm": inner["model_type"] == "qwen3"}
+    tensors = {k.replace("midlayer.", "layers.0."): v for k, v in load_file(path / "model.safetensors").items()}
+    tensors.pop("t2d", None)
+    return DraftConfig(**values), tensors
