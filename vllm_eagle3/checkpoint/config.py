@@ -217,7 +217,7 @@ def _body(reader: "_Reader", config: Mapping[str, Any], notes: list[str]) -> dic
 
 
 def _family(config: Mapping[str, Any], layer: Mapping[str, Any]) -> str:
-    """llama or qwen3 (norms on q and k): by architecture where vLLM goes by it, else by the type."""
+    """Llama or qwen3 (norms on q and k): by architecture where vLLM goes by it, else by the type."""
     if layer is not config:
         return layer.get("model_type", "llama")
     return "llama" if config["architectures"][0] in LLAMA else "qwen3"
@@ -233,8 +233,8 @@ def _refuse_unknown_forward(nested: Mapping[str, Any], source: str) -> None:
     for key, value in wanted:
         if nested.get(key) not in (None, value):
             raise CheckpointError(
-                f"{source}: eagle_config.{key}: expected {value}, found {nested[key]!r}: neither vLLM nor this "
-                "plugin computes this variant of the layer"
+                f"{source}: eagle_config.{key}: expected {value}, found {nested[key]!r}: neither vLLM nor "
+                "this plugin computes this variant of the layer"
             )
 
 
