@@ -1,1 +1,32 @@
-"""Triton kernels of the draft step, each with a plain-torch twin. No vLLM import in here."""
+"""Triton kernels of the draft step, each with a plain-torch twin. No vLLM import in here.
+
+Public functions take the fastest path of their tensors' device: Triton on CUDA, plain torch on CPU;
+backend="triton" or "torch" overrides. Triton need not be installed for the torch paths.
+"""
+
+from ._triton import HAS_TRITON
+from .commit_kv import KVTable, commit_kv, kv_table
+from .concat_fc import concat_fc
+from .head_topk import HeadTopK, head_topk, local_topk, merge_topk
+from .linear_fp8 import linear_fp8, quant_fp8
+from .norm_concat import NormConcat, norm_concat
+from .tree_steps import MAX_NODES, ancestor_bits, tree_walk
+
+__all__ = [
+    "HAS_TRITON",
+    "MAX_NODES",
+    "HeadTopK",
+    "KVTable",
+    "NormConcat",
+    "ancestor_bits",
+    "commit_kv",
+    "concat_fc",
+    "head_topk",
+    "kv_table",
+    "linear_fp8",
+    "local_topk",
+    "merge_topk",
+    "norm_concat",
+    "quant_fp8",
+    "tree_walk",
+]

@@ -1,0 +1,74 @@
+"""The one place where Triton is imported: backend choice, and stand-ins where Triton is not installed."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Backend = Literal["triton", "torch"]
+
+try:
+    import triton
+    import triton.language as tl
+
+    HAS_TRITON = True
+except ImportError:
+    HAS_TRITON = False
+
+    class _Absent:
+        """Lets kernel sources be imported without Triton: decorators and annotations only, nothing runs."""
+
+        constexpr = Any
+
+        @staticmethod
+        def jit(fn: Any) -> Any:
+            return fn
+
+    triton = tl = _Absent()  # type: ignore[assignment]
+
+# SMs of an H100/H200; stands in where no CUDA device can be asked (interpreter, offline compilation).
+_DEFAULT_SMS = 132
+
+
+def choose_backend(backend: Backend | None, *tensors: Tensor | None) -> Backend:
+    """Backend of a call: an explicit one as asked, else "triton" for CUDA tensors and "torch" for the rest.
+
+    Raises ValueError for an unknown name, for tensors on different devices, or when "triton" is asked for
+    (or the tensors are on CUDA) and Triton is not installed.
+    """
+    devices = {t.device for t in tensors if t is not None}
+    if len(devices) != 1:
+        raise ValueError(f"all tensors must be on one device, found {sorted(map(str, devices))}")
+    if backend is None:
+        backend = "triton" if devices.pop().type == "cuda" else "torch"
+    if backend not in ("triton", "torch"):
+        raise ValueError(f'backend must be "triton", "torch" or None, found {backend!r}')
+    if backend == "triton" and not HAS_TRITON:
+        raise ValueError('backend "triton" needs the package triton; install it, or pass backend="torch"')
+    return backend
+
+
+@cache
+def num_sms(device: torch.device) -> int:
+    """Streaming multiprocessors of a CUDA device."""
+    if device.type != "cuda":
+        return _DEFAULT_SMS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def row_stride(x: Tensor) -> int:
+    """Row stride of a 2-D tensor; torch reports any value for a single row, kernels want a plain one."""
+    return x.stride(0) if x.shape[0] > 1 else x.shape[1]
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """Smallest power of two >= n (1 for n <= 1)."""
+    return 1 << max(n - 1, 0).bit_length()

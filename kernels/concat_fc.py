@@ -1,0 +1,117 @@
+"""g = W_fc [l; m; h]: the draft's input from the target's tapped states, without a concatenated tensor.
+
+Paper: EAGLE-3 (arXiv 2503.01840), section 3.1. vLLM: `torch.cat` of the states, then `fc`
+(`model_executor/models/llama_eagle3.py`, `combine_hidden_states`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._triton import Backend, choose_backend
+from .skinny_gemm import skinny_gemm
+
+# Up to this many rows CUDA tensors take the split-K kernel; above it the product is bound by arithmetic,
+# where cuBLAS on the concatenated states is hard to beat. Not yet measured: benchmarks/bench_concat_fc.py
+# times both.
+SPLIT_K_MAX_ROWS = 64
+
+
+def concat_fc(
+    states: Sequence[Tensor],
+    weight: Tensor,
+    *,
+    rows: Tensor | None = None,
+    norm_weights: Sequence[Tensor] | None = None,
+    input_norm: Tensor | None = None,
+    eps: float = 1e-6,
+    backend: Backend | None = None,
+) -> Tensor:
+    """Fuse the tapped states: out[m] = weight @ concat_c(f_c(states[c][rows[m]])), shape [n, h].
+
+    states: tensors [n_s, h_c] of one dtype, rows may be strided; weight [h, sum h_c], same dtype. rows: int
+    [n] row indices, each in 0..n_s-1 (unchecked on CUDA); None takes all rows in order. norm_weights: RMSNorm
+    weights [h_c], one a chunk (checkpoints with `fc_norm`); or input_norm [sum h_c], one RMSNorm over the
+    concatenation (`norm_before_fc`). backend: None for the fastest path of the device, "triton" for the
+    split-K kernel at any number of rows, "torch" for the plain twin.
+
+    Raises ValueError on shapes or dtypes that do not fit together.
+    """
+    _check(states, weight, rows, norm_weights, input_norm)
+    n = states[0].shape[0] if rows is None else rows.shape[0]
+    chosen = choose_backend(backend, *states, weight, rows, input_norm, *(norm_weights or ()))
+    if chosen == "torch" or (backend is None and n > SPLIT_K_MAX_ROWS):
+        return concat_fc_torch(
+            states, weight, rows=rows, norm_weights=norm_weights, input_norm=input_norm, eps=eps
+        )
+    norms = norm_weights
+    if input_norm is not None:
+        norms = input_norm.split([x.shape[1] for x in states])
+    return skinny_gemm(states, weight, rows=rows, norms=norms, whole=input_norm is not None, eps=eps)
+
+
+def concat_fc_torch(
+    states: Sequence[Tensor],
+    weight: Tensor,
+    *,
+    rows: Tensor | None = None,
+    norm_weights: Sequence[Tensor] | None = None,
+    input_norm: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Plain-torch twin of `concat_fc`, and its CPU path.
+
+    One product over the concatenation: on CPUs three partial products (addmm) were measured to be slower at
+    few rows and no faster at many (benchmarks/results/concat_fc_cpu.json): the copy is small beside the
+    weights.
+    """
+    if rows is not None:
+        states = [x[rows] for x in states]
+    if norm_weights is not None:
+        states = [rms_norm(x, w, eps) for x, w in zip(states, norm_weights, strict=True)]
+    x = torch.cat(list(states), dim=-1)
+    if input_norm is not None:
+        x = rms_norm(x, input_norm, eps)
+    return F.linear(x, weight)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last dimension with statistics in fp32 (fp64 for fp64), rounded before the weight as
+    vLLM does."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+
+def _check(
+    states: Sequence[Tensor],
+    weight: Tensor,
+    rows: Tensor | None,
+    norm_weights: Sequence[Tensor] | None,
+    input_norm: Tensor | None,
+) -> None:
+    shapes = [tuple(x.shape) for x in states]
+    if not states or any(len(s) != 2 or s[0] != shapes[0][0] for s in shapes):
+        raise ValueError(f"states must be 2-D with equal numbers of rows, found shapes {shapes}")
+    widths = [s[1] for s in shapes]
+    if weight.dim() != 2 or weight.shape[1] != sum(widths):
+        raise ValueError(
+            f"weight must be [h, {sum(widths)}] for states of widths {widths}, found {tuple(weight.shape)}"
+        )
+    if any(x.dtype != weight.dtype for x in states):
+        raise ValueError(
+            f"states and weight must share a dtype, found {[x.dtype for x in states]} and {weight.dtype}"
+        )
+    if any(t.dim() == 2 and t.stride(1) != 1 for t in (*states, weight) if t.shape[1] > 1):
+        raise ValueError("columns of states and weight must be adjacent in memory (stride(1) == 1)")
+    if rows is not None and (rows.dim() != 1 or rows.dtype not in (torch.int32, torch.int64)):
+        raise ValueError(f"rows must be a 1-D int32 or int64 tensor, found {rows.dtype} {tuple(rows.shape)}")
+    if norm_weights is not None and input_norm is not None:
+        raise ValueError("give norm_weights (one a chunk) or input_norm (over all chunks), not both")
+    if norm_weights is not None and [w.numel() for w in norm_weights] != widths:
+        raise ValueError(f"norm_weights must have sizes {widths}, found {[w.numel() for w in norm_weights]}")
+    if input_norm is not None and tuple(input_norm.shape) != (sum(widths),):
+        raise ValueError(f"input_norm must be [{sum(widths)}], found {tuple(input_norm.shape)}")

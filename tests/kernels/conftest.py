@@ -1,0 +1,72 @@
+"""Kernel tests run the Triton kernels on CPU tensors, under Triton's interpreter.
+
+Triton decides at import time whether it interprets, so these tests need a process of their own:
+
+    TRITON_INTERPRET=1 pytest tests/kernels
+
+Collected in a process that imported Triton without the variable (a plain `pytest`), the tests that need the
+interpreter skip with that reason. With a CUDA device and without the variable they run on the GPU.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+
+
+def _repair_interpreter() -> None:
+    """Two faults of the interpreter of triton 3.9, absent from compiled kernels.
+
+    1. A comparison's result keeps its operands' dtype, so a scalar mask widens when splat.
+    2. tl.dot multiplies the bit patterns of bf16 operands (numpy has no bf16).
+    """
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    binary_op = InterpreterBuilder.binary_op
+
+    def fixed_binary_op(self, lhs, rhs, op):
+        handle = binary_op(self, lhs, rhs, op)
+        if handle.data.dtype == np.bool_:
+            handle.dtype = tl.int1
+        return handle
+
+    def fixed_create_dot(self, a, b, d, *args):
+        def widen(t):
+            return self.cast_impl(t, tl.float32) if t.dtype.scalar == tl.bfloat16 else t
+
+        a, b = widen(a), widen(b)
+        return TensorHandle(np.matmul(a.data, b.data, dtype=d.data.dtype) + d.data, d.dtype.scalar)
+
+    InterpreterBuilder.binary_op, InterpreterBuilder.create_dot = fixed_binary_op, fixed_create_dot
+
+
+if INTERPRETED:
+    _repair_interpreter()
+
+
+@pytest.fixture
+def device() -> str:
+    """Device for the Triton side of a test: CPU tensors under the interpreter, else CUDA, else skip."""
+    if DEVICE == "cpu" and not INTERPRETED:
+        pytest.skip("Triton kernels need TRITON_INTERPRET=1 (own process) or a CUDA device")
+    return DEVICE
+
+
+@pytest.fixture(autouse=True)
+def poison() -> Iterator[None]:
+    """Fill every torch.empty with NaN (floats) or the largest value (integers): unwritten outputs show."""
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    was = torch.are_deterministic_algorithms_enabled()
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(was)
+    torch.utils.deterministic.fill_uninitialized_memory = before
