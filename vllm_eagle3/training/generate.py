@@ -3,8 +3,8 @@
 Each answer is one row, in the order of the conversation, with everything the model read before it:
     {"id", "source", "turn", "sample", "temperature",
      "prompt_token_ids", "response_token_ids", "finish_reason"}
-The loss mask is 0 on `prompt_token_ids`, 1 on `response_token_ids`. Rows are written as shards `part-00000.jsonl.gz`,
-each in one atomic step: a killed run loses at most one shard, and the same command resumes it.
+The loss mask is 0 on `prompt_token_ids`, 1 on `response_token_ids`. Rows are written as shards
+`part-00000.jsonl.gz`, each in one atomic step: a killed run loses one shard at most, the same command resumes
 """
 
 import argparse
@@ -118,8 +118,12 @@ def conversations(settings: GenerateSettings) -> list[Conversation]:
         prompts = [p for p in prompts if p.source in settings.sources]
     excluded = {id for id, _ in done_keys([Path(path) for path in settings.exclude])}
     done = done_keys(shards(settings.out))
-    todo = [Conversation(p, s, settings.temperatures[(i + s) % len(settings.temperatures)])
-            for s in range(settings.samples) for i, p in enumerate(prompts) if p.id not in excluded]
+    todo = [
+        Conversation(p, s, settings.temperatures[(i + s) % len(settings.temperatures)])
+        for s in range(settings.samples)
+        for i, p in enumerate(prompts)
+        if p.id not in excluded
+    ]
     if settings.limit is not None:
         todo = todo[: settings.limit]
     return [c for c in todo if c.key not in done]
@@ -162,11 +166,18 @@ def answer(llm: Any, todo: list[Conversation], settings: GenerateSettings) -> It
             if not output.finished:
                 continue
             conversation, completion = running.pop(output.request_id), output.outputs[0]
-            conversation.rows.append({
-                "id": conversation.prompt.id, "source": conversation.prompt.source,
-                "turn": len(conversation.rows), "sample": conversation.sample,
-                "temperature": conversation.temperature, "prompt_token_ids": list(output.prompt_token_ids),
-                "response_token_ids": list(completion.token_ids), "finish_reason": completion.finish_reason})
+            conversation.rows.append(
+                {
+                    "id": conversation.prompt.id,
+                    "source": conversation.prompt.source,
+                    "turn": len(conversation.rows),
+                    "sample": conversation.sample,
+                    "temperature": conversation.temperature,
+                    "prompt_token_ids": list(output.prompt_token_ids),
+                    "response_token_ids": list(completion.token_ids),
+                    "finish_reason": completion.finish_reason,
+                }
+            )
             conversation.messages.append({"role": "assistant", "content": completion.text})
             if not ask(conversation):
                 yield conversation
@@ -184,8 +195,13 @@ def generate(settings: GenerateSettings) -> int:
         return 0
     from vllm import LLM
 
-    llm = LLM(settings.target, dtype=settings.dtype, max_model_len=settings.max_model_len,
-              max_num_seqs=settings.max_num_seqs, enforce_eager=settings.enforce_eager)
+    llm = LLM(
+        settings.target,
+        dtype=settings.dtype,
+        max_model_len=settings.max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        enforce_eager=settings.enforce_eager,
+    )
     writer, tokens, skipped = ShardWriter(settings.out, settings.shard_rows), 0, 0
     progress = tqdm(total=len(todo), unit="conversation", desc=settings.out.name, smoothing=0.05)
     try:
@@ -201,26 +217,40 @@ def generate(settings: GenerateSettings) -> int:
         writer.flush()
         progress.close()
     if skipped:
-        logger.warning("%d of %d prompts left unanswered: no room for %d tokens within max_model_len %d",
-                       skipped, len(todo), MIN_ROOM, settings.max_model_len)
+        logger.warning(
+            "%d of %d prompts left unanswered: no room for %d tokens within max_model_len %d",
+            skipped,
+            len(todo),
+            MIN_ROOM,
+            settings.max_model_len,
+        )
     return tokens
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", required=True, help="directory or name of the target model")
-    parser.add_argument("--data", required=True, nargs="+",
-                        help="prompts: .jsonl or .json (.gz) with `turns`, `conversations` or `messages`, "
-                             "or a data set's name")
+    parser.add_argument(
+        "--data",
+        required=True,
+        nargs="+",
+        help="prompts: .jsonl or .json (.gz) with `turns`, `conversations` or `messages`, "
+        "or a data set's name",
+    )
     parser.add_argument("--out", required=True, type=Path, help="directory of the shards, resumed if there")
     parser.add_argument("--sources", help="comma-separated: only prompts of these sources")
-    parser.add_argument("--exclude", nargs="*", default=[], metavar="FILE",
-                        help="answer files whose prompts are left out")
+    parser.add_argument(
+        "--exclude", nargs="*", default=[], metavar="FILE", help="answer files whose prompts are left out"
+    )
     parser.add_argument("--skip-last", type=int, default=0, help="leave out the last N prompts (validation)")
     parser.add_argument("--limit", type=int, help="at most this many conversations")
     parser.add_argument("--temperatures", default="0,1", help="alternating; default: %(default)s")
-    for name, text in (("samples", "answers per prompt"), ("max_tokens", "new tokens per answer"),
-                       ("max_model_len", "prompt and answer, tokens"), ("max_num_seqs", "answers at a time"),
-                       ("shard_rows", "rows per file")):
+    for name, text in (
+        ("samples", "answers per prompt"),
+        ("max_tokens", "new tokens per answer"),
+        ("max_model_len", "prompt and answer, tokens"),
+        ("max_num_seqs", "answers at a time"),
+        ("shard_rows", "rows per file"),
+    ):
         default = getattr(GenerateSettings, name)
         option = f"--{name.replace('_', '-')}"
         parser.add_argument(option, type=int, default=default, help=f"{text} ({default})")
@@ -230,15 +260,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def settings_from(arguments: argparse.Namespace) -> GenerateSettings:
     values = {name: getattr(arguments, name) for name in GenerateSettings.__dataclass_fields__}
-    return GenerateSettings(**values | {
-        "data": tuple(arguments.data), "exclude": tuple(arguments.exclude),
-        "sources": frozenset(arguments.sources.split(",")) if arguments.sources else None,
-        "temperatures": tuple(float(t) for t in arguments.temperatures.split(","))})
+    return GenerateSettings(
+        **values
+        | {
+            "data": tuple(arguments.data),
+            "exclude": tuple(arguments.exclude),
+            "sources": frozenset(arguments.sources.split(",")) if arguments.sources else None,
+            "temperatures": tuple(float(t) for t in arguments.temperatures.split(",")),
+        }
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m vllm_eagle3.training.generate", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m vllm_eagle3.training.generate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add_arguments(parser)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     generate(settings_from(parser.parse_args(argv)))

@@ -38,15 +38,20 @@ def user_turns(row: dict[str, Any]) -> tuple[str, ...]:
         chat = row.get("conversations", row.get("messages"))
         if not isinstance(chat, list) or not all(isinstance(part, dict) for part in chat):
             raise ValueError("the conversation is not a list of objects")
-        turns = [part.get("value", part.get("content")) for part in chat
-                 if part.get("from", part.get("role")) in USER_ROLES]
+        turns = [
+            part.get("value", part.get("content"))
+            for part in chat
+            if part.get("from", part.get("role")) in USER_ROLES
+        ]
     elif "prompt" in row:
         turns = [row["prompt"]]
     elif "instruction" in row:
         turns = ["\n\n".join(text for text in (row["instruction"], row.get("input")) if text)]
     else:
-        raise ValueError("expected a key `turns`, `conversations`, `messages`, `prompt` or `instruction`, "
-                         f"found {sorted(row)}")
+        raise ValueError(
+            "expected a key `turns`, `conversations`, `messages`, `prompt` or `instruction`, "
+            f"found {sorted(row)}"
+        )
     if not isinstance(turns, list) or not turns:
         raise ValueError("no user turn")
     if not all(isinstance(turn, str) and turn.strip() for turn in turns):
@@ -99,8 +104,9 @@ def load_prompts(data: str | Path, sources: set[str] | None = None) -> list[Prom
         try:
             import datasets
         except ImportError as error:
-            raise ValueError(f"{data}: no such file; to read it as a Hugging Face data set, "
-                             "install `datasets`") from error
+            raise ValueError(
+                f"{data}: no such file; to read it as a Hugging Face data set, install `datasets`"
+            ) from error
         split = datasets.load_dataset(str(data), split="train")
         rows = ((f"{data}, row {i}", row) for i, row in enumerate(split))
         default_source = str(data)
