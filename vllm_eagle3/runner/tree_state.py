@@ -1,0 +1,179 @@
+"""What Model Runner V2 keeps per request to verify a draft tree: its ModelState and rejection sampler."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
+from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
+
+from vllm_eagle3.config import Eagle3Options
+from vllm_eagle3.runner.tree_attention import with_tree
+from vllm_eagle3.runner.tree_support import needs_chain
+from vllm_eagle3.verification.attention import TreeMask
+from vllm_eagle3.verification.tree import ancestor_bits, commit_kv, walk
+
+
+@dataclass
+class TreeStep:
+    """Where the rows of this step's trees are. Entries past a request's drafts repeat its root's row."""
+
+    requests: torch.Tensor  # int64 [batch], request-state index
+    rows: torch.Tensor  # int64 [batch, nodes + 1], row of each node in the batch
+    slot_mappings: torch.Tensor  # int64 [kv_cache_groups, tokens], linear positions
+    has_drafts: bool
+
+
+class TreeModelState(DefaultModelState):
+    """Gives a step's rows tree positions and masks, and moves the accepted path's KV into the sequence.
+
+    To the scheduler a tree of N nodes is a chain of N drafts: slots are those of linear positions. Only what the
+    model sees is a tree. Per-request state lies on the device, indexed by request state.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, model: torch.nn.Module, encoder_cache: Any,
+                 device: torch.device) -> None:
+        super().__init__(vllm_config, model, encoder_cache, device)
+        options = Eagle3Options.from_additional_config(vllm_config.additional_config)
+        assert options.tree is not None
+        self.max_depth = options.tree.depth
+        self.nodes = vllm_config.num_speculative_tokens
+        requests, tokens = self.max_num_reqs, self.max_num_tokens
+
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(*shape, dtype=torch.int64, device=device)
+
+        self.node_ids = torch.arange(self.nodes + 1, device=device)
+        self.parents = zeros(requests, self.nodes) - 1
+        self.depth = zeros(requests, self.nodes + 1)
+        self.path = self.node_ids.repeat(requests, 1)
+        self.chain_only = torch.zeros(requests, dtype=torch.bool, device=device)
+        # Addresses that a CUDA graph of the target may keep.
+        self.mask = TreeMask(root=zeros(tokens), bits=zeros(tokens) + 1, positions=zeros(tokens))
+        self.step: TreeStep | None = None
+
+    def add_request(self, req_index: int, new_req_data: Any) -> None:
+        super().add_request(req_index, new_req_data)
+        self.parents[req_index] = -1  # the slot's former request may have left a tree
+        self.chain_only[req_index] = needs_chain(new_req_data.sampling_params, self.model_config)
+
+    def prepare_attn(self, input_batch: Any, cudagraph_mode: Any, block_tables: Any, slot_mappings: torch.Tensor,
+                     attn_groups: Any, kv_cache_config: Any, **kwargs: Any) -> dict[str, Any]:
+        """Attention metadata, with the tree mask on the target's layers. Runs before the forward, also of a graph."""
+        metadata = super().prepare_attn(
+            input_batch, cudagraph_mode, block_tables, slot_mappings, attn_groups, kv_cache_config, **kwargs
+        )
+        batch, tokens = input_batch.num_reqs, input_batch.num_tokens_after_padding
+        requests = input_batch.idx_mapping[:batch]
+        logits = (input_batch.cu_num_logits[1 : batch + 1] - input_batch.cu_num_logits[:batch]).long()[:, None]
+        root = input_batch.query_start_loc[1 : batch + 1].long()[:, None] - logits
+        used = self.node_ids < logits
+        rows = torch.where(used, root + self.node_ids, root)
+        self.step = TreeStep(requests, rows, slot_mappings, input_batch.num_draft_tokens > 0)
+
+        depth, bits = ancestor_bits(self.parents[requests], self.max_depth)
+        self.depth[requests] = depth
+        self.path[requests] = self.node_ids
+        # Rows outside trees first, then the trees; repeated roots all write the root's own values.
+        linear = input_batch.positions
+        mask = TreeMask(*(buffer[:tokens] for buffer in self.mask))
+        mask.root.copy_(linear)
+        mask.positions.copy_(linear)
+        mask.bits.fill_(1)
+        root_position = linear[root]
+        mask.root[rows] = root_position.expand_as(rows)
+        mask.positions[rows] = root_position + torch.where(used, depth, 0)
+        mask.bits[rows] = torch.where(used, bits, 1)
+
+        layers = self.vllm_config.compilation_config.static_forward_context
+        masked: dict[int, Any] = {}
+        for name, layer_metadata in (metadata or {}).items():
+            if not getattr(layers[name], "is_draft_layer", False):
+                key = id(layer_metadata)
+                masked[key] = masked.get(key) or with_tree(layer_metadata, mask)
+                metadata[name] = masked[key]
+        return metadata
+
+    def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Any]:
+        """Positions `base + depth`; the batch's own stay linear, for slots and everything that counts tokens."""
+        return {"positions": self.mask.positions[: input_batch.num_tokens_after_padding]}
+
+    def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
+        inputs = super().prepare_dummy_inputs(num_reqs, num_tokens)
+        return {**inputs, "positions": self.mask.positions[:num_tokens]}
+
+    def custom_sampler(self, sampler: Any) -> tuple[Any, Any]:
+        assert self.vllm_config.speculative_config is not None
+        rejection_sampler = TreeRejectionSampler(sampler, self.vllm_config.speculative_config, self.device)
+        rejection_sampler.trees = self
+        return sampler, rejection_sampler
+
+    def initialize_kv_cache(self, kv_cache_config: Any, block_tables: Any) -> None:
+        super().initialize_kv_cache(kv_cache_config, block_tables)
+        layers = self.vllm_config.compilation_config.static_forward_context
+        caches = {  # layers that share a cache are moved once
+            layers[name].kv_cache.data_ptr(): (group, layers[name].kv_cache)
+            for group, spec in enumerate(kv_cache_config.kv_cache_groups)
+            for name in spec.layer_names
+            if not getattr(layers[name], "is_draft_layer", False)
+        }
+        self.target_caches = list(caches.values())
+
+    def postprocess_state(self, idx_mapping: torch.Tensor, num_sampled: torch.Tensor,
+                          num_computed_tokens: torch.Tensor | None = None) -> None:
+        """Commit: the KV of the accepted path goes to the slots that follow the root."""
+        step = self.step
+        if step is None or not step.has_drafts:
+            return
+        deepest = slice(1, self.max_depth + 1)
+        target = step.rows[:, deepest].flatten()
+        source = step.rows.gather(1, self.path[step.requests][:, deepest]).flatten()
+        for group, kv_cache in self.target_caches:
+            slots = step.slot_mappings[group]
+            commit_kv(kv_cache, slots[source], slots[target])
+
+
+class TreeRejectionSampler(RejectionSampler):
+    """Verifies trees: the target draws at every node, the walk follows the draws (`verification.tree.walk`).
+
+    The draw at a node has the noise key (seed, base + depth) that plain sampling has at that position, so with
+    per-request seeds a tree's output is the unspeculated one token for token.
+    """
+
+    trees: TreeModelState
+
+    def _verify(self, logits: torch.Tensor, draft_logits: torch.Tensor | None, draft_sampled: torch.Tensor,
+                pos: torch.Tensor, cu_num_logits: torch.Tensor, idx_mapping: torch.Tensor,
+                idx_mapping_np: np.ndarray, expanded_idx_mapping: torch.Tensor, expanded_local_pos: torch.Tensor,
+                seq_lens_upper_bound_np: np.ndarray, verify_draft_sampled: torch.Tensor,
+                ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+        trees, states = self.trees, self.sampler.sampling_states
+        node = expanded_local_pos.long()
+        position = pos - node + trees.depth[expanded_idx_mapping, node]
+        processed = self.sampler.apply_sampling_params(
+            logits, expanded_idx_mapping, idx_mapping, idx_mapping_np, position, draft_sampled,
+            expanded_local_pos, seq_lens_upper_bound_np,
+        )  # fmt: skip
+        drawn = gumbel_sample(
+            processed, expanded_idx_mapping, states.temperature.gpu, states.seeds.gpu, position,
+            apply_temperature=False, is_drafting=False, use_fp64=self.sampler.use_fp64_gumbel,
+        )  # fmt: skip
+
+        first, last = cu_num_logits[:-1].long()[:, None], cu_num_logits[1:].long()[:, None]
+        used = trees.node_ids < last - first
+        rows = torch.where(used, first + trees.node_ids, first)
+        tokens = torch.where(used, verify_draft_sampled[rows].long(), -1)[:, 1:]
+        path, emitted, count = walk(trees.parents[idx_mapping], tokens, drawn[rows], trees.max_depth)
+        trees.path[idx_mapping] = path
+
+        # Logprobs and sampling masks read row i as the i-th emitted token's: bring the path's rows in front.
+        if states.max_num_logprobs(idx_mapping_np) != -1 or self.sampler.return_sampling_mask:
+            order = torch.arange(len(logits), device=logits.device)
+            order[rows] = rows.gather(1, path)
+            in_place = processed is logits
+            logits.copy_(logits[order])
+            processed = logits if in_place else processed[order]
+        return processed, emitted, count
