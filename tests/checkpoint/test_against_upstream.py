@@ -1,13 +1,14 @@
 """Our reading of configs against vLLM's and transformers' own. Some 15 seconds, for importing vLLM."""
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from dialects import Dims, draft_tensors, write_dialect
-from transformers import LlamaConfig
+from dialects import DIALECTS, Dims, draft_tensors, write_dialect
+from transformers import AutoConfig, LlamaConfig
 
 from vllm_eagle3.checkpoint import resolve_config
 from vllm_eagle3.checkpoint.stock import LLAMA, QWEN3
@@ -59,3 +60,23 @@ def test_rope_is_what_transformers_reads(tmp_path: Path, rope: dict[str, Any]) -
     ours = LlamaConfig(**resolve_config(config, source="").body).rope_parameters
     theirs = LlamaConfig(**copy.deepcopy(config)).rope_parameters
     assert ours == {key: value for key, value in theirs.items() if key != "type"}
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_vllms_config_object_gives_the_same_as_the_file(tmp_path: Path, dialect: str) -> None:
+    eagle = pytest.importorskip("vllm.transformers_utils.configs.eagle")
+    speculators = pytest.importorskip("vllm.transformers_utils.configs.speculators")
+    dims = Dims()
+    tensors = draft_tensors(dims, fc_norm=True)
+    write_dialect(
+        tmp_path, dialect, tensors, dims, aux_layers=(3, 6, 11), norm_before_residual=True, fc_norm=True
+    )
+    if dialect == "speculators":
+        hf = speculators.SpeculatorsConfig.from_pretrained(tmp_path)
+    else:
+        hf = eagle.EAGLEConfig(AutoConfig.from_pretrained(tmp_path), method="eagle3", model_type="eagle")
+    file = resolve_config(json.loads((tmp_path / "config.json").read_text()), source="")
+    ours = resolve_config(hf.to_dict(), source="")
+    assert {key: ours.body[key] for key in file.body} == file.body
+    different = {"body": {}, "notes": (), "dialect": ""}
+    assert dataclasses.replace(ours, **different) == dataclasses.replace(file, **different)
