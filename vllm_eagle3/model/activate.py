@@ -1,0 +1,93 @@
+"""Makes vLLM's configuration of the draft say what the checkpoint means, before the draft is built."""
+
+import logging
+from functools import lru_cache
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
+
+from vllm_eagle3.checkpoint import CheckpointError, DraftConfig, resolve_config
+from vllm_eagle3.config import Eagle3Options
+
+logger = logging.getLogger("vllm.eagle3")
+
+# model_type of the draft's layer -> architecture name, registered in `plugin.py`.
+ARCHITECTURES = {"llama": "VllmEagle3LlamaDraft", "qwen3": "VllmEagle3Qwen3Draft"}
+
+
+def draft_config(vllm_config: VllmConfig) -> DraftConfig:
+    """The canonical configuration of the draft that `speculative_config` names.
+
+    Raises:
+        CheckpointError: the draft's config.json is missing, wrong, ambiguous or made for another target.
+        ValueError: a bad option in `additional_config`.
+    """
+    options = Eagle3Options.from_additional_config(vllm_config.additional_config)
+    model = vllm_config.speculative_config.draft_model_config
+    target = vllm_config.model_config
+    return _resolve(model.model, model.revision, target.model, target.revision, options.aux_layers)
+
+
+@lru_cache(maxsize=8)
+def _resolve(
+    draft: str, revision: str | None, target: str, target_revision: str | None, aux_layers: Any
+) -> DraftConfig:
+    config = get_hf_file_to_dict("config.json", draft, revision)
+    if config is None:
+        raise CheckpointError(f"{draft}: expected a draft with a config.json, found none")
+    target_config = get_hf_file_to_dict("config.json", target, target_revision)
+    return resolve_config(
+        config, source=f"{draft}/config.json", target_config=target_config, aux_layers=aux_layers
+    )
+
+
+def activate(vllm_config: VllmConfig) -> DraftConfig | None:
+    """Resolve the draft and rewrite its `hf_config` in place, so that vLLM builds this project's draft model.
+
+    Returns:
+        The canonical configuration, or None where the draft is left to stock vLLM (other methods; drafts that this
+        project does not serve, with one warning that says why).
+    """
+    speculative = vllm_config.speculative_config
+    if speculative is None or speculative.method != "eagle3":
+        return None
+    if speculative.parallel_drafting:
+        return _leave("parallel_drafting is set")
+    if speculative.use_heterogeneous_vocab:
+        return _leave("use_heterogeneous_vocab is set")
+    config = draft_config(vllm_config)
+    if config.unsupported_reason is not None:
+        return _leave(config.unsupported_reason)
+    if config.aux_layers is None:
+        raise CheckpointError(
+            f"{speculative.draft_model_config.model}: the target states no number of layers, so the layers the draft "
+            'reads are unknown: set additional_config {"eagle3": {"aux_layers": [low, mid, high]}}'
+        )
+    _rewrite(speculative.draft_model_config, config, vllm_config.model_config.max_model_len)
+    for note in config.notes:
+        logger.info("vllm-eagle3: %s", note)
+    return config
+
+
+def _leave(reason: str) -> None:
+    logger.warning("vllm-eagle3: this draft is left to vLLM's own EAGLE-3: %s", reason)
+
+
+def _rewrite(model: Any, config: DraftConfig, max_model_len: int) -> None:
+    """Every convention in the one place where both of vLLM's runners read it."""
+    hf = model.hf_config
+    hf.architectures = [ARCHITECTURES[config.body["model_type"]]]
+    hf.eagle_aux_hidden_state_layer_ids = list(config.aux_layers or ())
+    hf.eagle_config = {"use_aux_hidden_state": True, "norm_before_fc": config.norm_before_fc}
+    hf.draft_vocab_size = config.draft_vocab_size
+    hf.target_hidden_size = config.target_hidden_size
+    hf.num_aux_hidden_states = config.num_aux_hidden_states
+    for flag in ("norm_before_residual", "fc_norm", "norm_output"):
+        setattr(hf, flag, getattr(config, flag))
+    # Trainers state the length they trained on. Without scaling, RoPE is a closed form: the table only has to be
+    # long enough; with scaling, vLLM sizes the table from the scaling itself.
+    rope_type = (config.body["rope_parameters"] or {}).get("rope_type", "default")
+    if hf.max_position_embeddings < max_model_len and rope_type == "default":
+        hf.max_position_embeddings = max_model_len
+        model.max_model_len = max_model_len
