@@ -1,0 +1,88 @@
+"""How many drafts get accepted: estimates per depth, expected tokens, and who deserves the batch's drafts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def survival(rates: Sequence[float]) -> np.ndarray:
+    """Probability that the draft at each depth is accepted: running product of the conditional `rates`."""
+    return np.cumprod(np.asarray(rates, dtype=np.float64))
+
+
+def expected_tokens(rates: Sequence[float], depth: int) -> float:
+    """Tokens a request gains in a step that verifies `depth` drafts: 1 + sum of their survivals (tau)."""
+    return 1.0 + float(survival(rates[:depth]).sum()) if depth else 1.0
+
+
+class Acceptance:
+    """Conditional acceptance per depth, P(draft d accepted | drafts before it accepted), recent steps first.
+
+    A depth counts only the requests that reached it. Its prior (worth `weight` observations) is the rate of
+    the depth above: EAGLE-3's acceptance falls slowly with depth, so an unexplored depth looks like its
+    parent and gets tried. Counts fade with the number of observations (`window`), but outlive `min_steps`.
+    """
+
+    def __init__(
+        self,
+        max_depth: int,
+        prior: float | None = 0.6,
+        window: float = 64.0,
+        min_steps: int = 12,
+        weight: float = 2.0,
+    ) -> None:
+        self.window, self.min_steps, self.weight = window, min_steps, weight
+        self._tried = np.zeros(max_depth)
+        self._accepted = np.zeros(max_depth)
+        if prior is not None:  # the first depth's prior fades like observations do
+            self._tried[:1], self._accepted[:1] = 6.0, 6.0 * prior
+
+    def observe(self, drafted: Sequence[int], accepted: Sequence[int], keep: float = 1.0) -> None:
+        """One step: how deep each request drafted and how many drafts were accepted.
+
+        keep: at most this share of what was known stays (a probe after a long pause: trust the past less).
+        """
+        levels = np.arange(len(self._tried))
+        drafted_, accepted_ = (np.asarray(values)[:, None] for values in (drafted, accepted))
+        tried = ((levels < drafted_) & (levels <= accepted_)).sum(0)
+        keep = min(keep, 1.0 - min(tried[0] / self.window, 1.0 / self.min_steps))
+        self._tried = self._tried * keep + tried
+        self._accepted = self._accepted * keep + ((levels < drafted_) & (levels < accepted_)).sum(0)
+
+    def rates(self, like: Sequence[float] = ()) -> list[float]:
+        """Conditional acceptance at depth 1, 2, ..., in [0, 1]. `like` replaces the prior where given."""
+        out: list[float] = []
+        for depth, (tried, accepted) in enumerate(zip(self._tried, self._accepted, strict=True)):
+            above = out[-1] if out else accepted / max(tried, 1e-9)
+            prior = like[depth] if depth < len(like) else above
+            out.append(float((accepted + self.weight * prior) / (tried + self.weight)))
+        return out
+
+
+def shift_odds(rates: np.ndarray, own: np.ndarray, mean: float) -> np.ndarray:
+    """Global per-depth `rates` moved by the ratio of a request's odds of acceptance to the average odds."""
+    eps = 1e-3
+    p, q, m = (np.clip(x, eps, 1 - eps) for x in (rates, own, mean))
+    odds = p / (1 - p) * (q / (1 - q)) * ((1 - m) / m)
+    return odds / (1 + odds)
+
+
+def allocate(survivals: np.ndarray, seconds: np.ndarray, margin: float = 0.0) -> np.ndarray:
+    """Batch-wide budget: verify the drafts most likely to survive, as many as raise tokens per second.
+
+    survivals: [requests, depth], non-increasing along depth, so the best n drafts are always prefixes.
+    seconds: [requests * depth + 1], step time when n drafts are verified in all.
+    margin: everything is verified unless leaving some out is faster by more than this share.
+    Returns [requests] how many drafts to verify for each. The rule of TETRIS (arXiv 2502.15197) with the
+    budget found from the cost.
+    """
+    requests, depth = survivals.shape
+    order = np.argsort(-survivals.ravel(), kind="stable")
+    tokens = requests + np.concatenate([[0.0], np.cumsum(survivals.ravel()[order])])
+    speeds = tokens / seconds
+    budget = int(np.argmax(speeds))
+    if speeds[budget] <= (1.0 + margin) * speeds[-1]:
+        budget = requests * depth
+    return np.bincount(order[:budget] // depth, minlength=requests)

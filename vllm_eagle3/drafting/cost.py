@@ -1,0 +1,195 @@
+"""What a decode step costs: a measured table, kept on disk, and its correction by what is seen in service.
+
+All times are seconds. Nothing here knows vLLM: measuring is done by whoever can run the models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import statistics
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+FORMAT = 1  # of the JSON file
+Curve = dict[int, float]  # size (tokens or rows) -> seconds
+
+
+@dataclass(frozen=True)
+class CostKey:
+    """What a measured table is valid for; every field is part of the file's name and checked on load."""
+
+    model: str
+    draft: str
+    device: str
+    version: str  # vLLM's version and whatever else changes kernels (dtype, tensor-parallel size)
+
+    def path(self, directory: str | Path | None = None) -> Path:
+        """File of this key under `directory` (default `$XDG_CACHE_HOME/vllm_eagle3/cost`)."""
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm_eagle3" / "cost"
+        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        return Path(directory or base) / f"{digest}.json"
+
+
+def interpolate(curve: Mapping[int, float], size: float) -> float:
+    """Piecewise linear through the points of `curve`; the end slopes go on outside (never below 0).
+
+    Raises ValueError for an empty curve.
+    """
+    if not curve:
+        raise ValueError("a cost curve needs at least one measured point, found none")
+    xs = sorted(curve)
+    if len(xs) == 1:
+        return curve[xs[0]]
+    hi = min(max(bisect_right(xs, size), 1), len(xs) - 1)
+    x0, x1 = xs[hi - 1], xs[hi]
+    slope = (curve[x1] - curve[x0]) / (x1 - x0)
+    return max(curve[x0] + slope * (size - x0), 0.0)
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """Measured cost of the parts of a step.
+
+    target: context length -> (tokens in the step -> seconds of the target's step, sampling included)
+    sync: tokens in the step -> seconds of the draft's pass over them, which every step pays, K = 0 too
+    draft: rows -> seconds of one autoregressive draft step
+    overhead: seconds a step costs whatever it does (scheduler, host)
+    measured: False for a guess that has to be replaced by what is seen (see `guess`)
+    """
+
+    target: dict[int, Curve]
+    sync: Curve
+    draft: Curve
+    overhead: float = 0.0
+    measured: bool = True
+
+    def __post_init__(self) -> None:
+        curves = [("sync", self.sync), ("draft", self.draft)]
+        curves += [(f"target at context {c}", curve) for c, curve in self.target.items()]
+        if not self.target:
+            raise ValueError("cost table: expected at least one context bucket under 'target', found none")
+        for name, curve in curves:
+            if not curve or min(curve) < 1 or min(curve.values()) < 0.0:
+                raise ValueError(f"cost table: '{name}' must map sizes >= 1 to seconds >= 0, found {curve}")
+
+    def target_step(self, tokens: float, context: float) -> float:
+        """Seconds of the target's step over `tokens` tokens, requests `context` tokens long on average."""
+        by_context = {c: interpolate(curve, tokens) for c, curve in self.target.items()}
+        return interpolate(by_context, max(context, min(by_context)))
+
+    def step(self, tokens: float, draft_rows: float, depth: int, context: float = 0.0) -> float:
+        """Seconds of a decode step that verifies and drafts.
+
+        tokens: rows the target sees (requests + drafts to verify); draft_rows: rows of each draft step;
+        depth: draft steps (0: only the sync pass; it also gives the first draft, so d drafts take d-1 more).
+        """
+        drafting = max(depth - 1, 0) * interpolate(self.draft, draft_rows)
+        return self.overhead + self.target_step(tokens, context) + interpolate(self.sync, tokens) + drafting
+
+    @classmethod
+    def guess(cls) -> CostTable:
+        """A table of plausible ratios in arbitrary units, for when nothing was measured."""
+        return cls({0: {1: 1.0, 64: 2.0}}, sync={1: 0.05, 64: 0.1}, draft={1: 0.1, 64: 0.15}, measured=False)
+
+    def save(self, path: str | Path, key: CostKey, seen: dict[str, float] | None = None) -> None:
+        """Write the table (and the corrections seen while serving) for `key`; atomic."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"format": FORMAT, "key": asdict(key), "table": asdict(self), "seen": seen or {}})
+        part = path.with_suffix(f".{os.getpid()}.part")
+        part.write_text(text)
+        part.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path, key: CostKey) -> tuple[CostTable, dict[str, float]]:
+        """Table and corrections of `key`. Raises FileNotFoundError; ValueError for another key's file."""
+        data = json.loads(Path(path).read_text())
+        if data.get("format") != FORMAT or data.get("key") != asdict(key):
+            raise ValueError(
+                f"{path}: expected a cost table of format {FORMAT} for {key}, found "
+                f"format {data.get('format')} for {data.get('key')}"
+            )
+        table = data["table"]
+        target = {int(c): {int(n): s for n, s in curve.items()} for c, curve in table["target"].items()}
+        sync, draft = ({int(n): s for n, s in table[name].items()} for name in ("sync", "draft"))
+        return cls(target, sync, draft, table["overhead"], table["measured"]), data["seen"]
+
+
+def bucket(batch: int) -> int:
+    """Batches 1, 2, 3-4, 5-8, 9-16, ... share their observations."""
+    return max(batch - 1, 0).bit_length()
+
+
+class SeenCost:
+    """A CostTable times the median ratio seen lately, per (batch bucket, number of drafts).
+
+    Medians ignore outliers (a compilation, a preempted core); only the newest 15 ratios count and a cell
+    not refreshed within `max_age` observations is forgotten, so a cell that was unlucky is tried again.
+    A cell without observations takes the correction of the nearest one.
+    """
+
+    MIN_SAMPLES = 3
+
+    def __init__(self, table: CostTable, max_age: int = 2000) -> None:
+        self.table = table
+        self.max_age = max_age
+        self._ratios: dict[tuple[int, int], deque[float]] = {}
+        self._last: dict[tuple[int, int], int] = {}  # observation number of the newest ratio
+        self._median: dict[tuple[int, int], float] = {}  # of the cells with enough ratios
+        self._count = 0
+        self._memo: dict[tuple[int, int, int, int], float] = {}
+
+    def base(self, tokens: int, rows: int, depth: int, context: float) -> float:
+        """Uncorrected CostTable.step, remembered; contexts count in steps of 64."""
+        key = (tokens, rows, depth, round(context / 64))
+        seconds = self._memo.get(key)
+        if seconds is None:
+            seconds = self._memo[key] = max(self.table.step(tokens, rows, depth, 64.0 * key[3]), 1e-9)
+        return seconds
+
+    def step(self, batch: int, drafts: int, rows: int, depth: int, context: float = 0.0) -> float:
+        """Seconds of a step of `batch` requests with `drafts` drafts each (see CostTable.step)."""
+        return self.base(batch * (drafts + 1), rows, depth, context) * self.correction(batch, drafts)
+
+    def observe(self, batch: int, drafts: int, rows: int, depth: int, context: float, seconds: float) -> None:
+        """Learn from a pure decode step in which the number of drafts verified equals the number drafted."""
+        if seconds <= 0.0:
+            raise ValueError(f"a step takes more than 0 seconds, found {seconds}")
+        self._count += 1
+        cell = (bucket(batch), drafts)
+        ratios = self._ratios.setdefault(cell, deque(maxlen=15))
+        ratios.append(seconds / self.base(batch * (drafts + 1), rows, depth, context))
+        self._last[cell] = self._count
+        if len(ratios) >= self.MIN_SAMPLES:
+            self._median[cell] = statistics.median(ratios)
+        for old in [c for c, last in self._last.items() if self._count - last > self.max_age]:
+            del self._ratios[old], self._last[old]
+            self._median.pop(old, None)
+
+    def known(self, batch: int, drafts: int) -> bool:
+        """Whether enough steps of this kind were seen lately."""
+        return (bucket(batch), drafts) in self._median
+
+    def correction(self, batch: int, drafts: int) -> float:
+        """Observed over predicted time: own cell, else the nearest in batch, then in drafts, else 1."""
+        here = bucket(batch)
+        own = self._median.get((here, drafts))
+        if own is not None or not self._median:
+            return own or 1.0
+        return self._median[min(self._median, key=lambda c: (abs(c[0] - here), abs(c[1] - drafts)))]
+
+    def to_json(self) -> dict[str, float]:
+        """Corrections as {"bucket,drafts": ratio}."""
+        return {f"{b},{k}": ratio for (b, k), ratio in self._median.items()}
+
+    def from_json(self, seen: Mapping[str, float]) -> None:
+        """Start from corrections saved earlier; fresh observations replace them."""
+        for name, ratio in seen.items():
+            b, k = (int(part) for part in name.split(","))
+            self._ratios[b, k] = deque([ratio] * self.MIN_SAMPLES, maxlen=15)
+            self._last[b, k], self._median[b, k] = 0, ratio
