@@ -43,7 +43,7 @@ class GenerateSettings:
     max_model_len: int = 4096
     max_num_seqs: int = 64
     shard_rows: int = 256
-    dtype: str = "bfloat16"
+    dtype: Any = "bfloat16"  # as vLLM's
     enforce_eager: bool = False
 
     def __post_init__(self) -> None:

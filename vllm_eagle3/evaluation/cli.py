@@ -1,0 +1,98 @@
+"""`vllm-eagle3 eval`: tau, n-alpha, speed-up and identity of a target and its draft on files of prompts."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from vllm_eagle3.config import TreeOptions
+from vllm_eagle3.evaluation.settings import DTYPES, MODES, EvalSettings
+
+NOTE = (
+    "tau: tokens per verification, bonus included; n-alpha: acceptance of the n-th draft, all earlier ones "
+    "accepted; tokens/s: decode only. In 16-bit formats a greedy tie may fall otherwise when the batch has "
+    "another shape: exact match is a test of losslessness with --dtype float32."
+)
+
+
+def tree_shape(text: str) -> TreeOptions:
+    """DEPTH,TOPK,NODES."""
+    try:
+        depth, topk, nodes = (int(part) for part in text.split(","))
+        return TreeOptions(depth, topk, nodes)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"expected DEPTH,TOPK,NODES such as 6,10,60; found {text!r} ({error})"
+        ) from None
+
+
+def names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(","))
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds the command `eval`."""
+    parser = subparsers.add_parser(
+        "eval",
+        help="tau, n-alpha, tokens/s and identity of outputs",
+        description=__doc__,
+        epilog="modes: " + "; ".join(f"{mode}: {text}" for mode, text in MODES.items()),
+    )
+    defaults = EvalSettings.__dataclass_fields__
+    parser.add_argument("--target", help="directory or name (default: the embedded SmolLM2-135M-Instruct)")
+    parser.add_argument("--draft", help="directory or name (default: the embedded draft)")
+    parser.add_argument(
+        "--data", nargs="+", required=True, metavar="FILE", help="prompts, JSON lines with `turns`"
+    )
+    parser.add_argument(
+        "--modes", type=names, default=defaults["modes"].default, help="comma-separated (none,native,chain)"
+    )
+    parser.add_argument(
+        "--tree", type=tree_shape, default=TreeOptions(), metavar="DEPTH,TOPK,NODES", help="default: 6,10,60"
+    )
+    for name, kind, text in (
+        ("num_speculative_tokens", int, "K, the chain's length"),
+        ("temperature", float, "0: greedy"),
+        ("batch_size", int, "answers at a time"),
+        ("max_tokens", int, "new tokens per answer"),
+        ("limit", int, "prompts per file"),
+        ("max_model_len", int, "longest prompt and answer, tokens"),
+    ):
+        default = defaults[name].default
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=kind, default=default, help=f"{text} (default: {default})"
+        )
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="default: the target's own")
+    parser.add_argument("--enforce-eager", action="store_true", help="no torch.compile")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write provenance and results")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw tau, speed-up and n-alpha")
+    parser.set_defaults(func=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Writes the table to stdout and the files asked for, returns 0; or the error to stderr, and returns 1."""
+    from vllm_eagle3.evaluation.evaluate import evaluate
+    from vllm_eagle3.evaluation.pair import default_draft, default_target
+    from vllm_eagle3.evaluation.report import plot, table
+
+    try:
+        for path in (arguments.json, arguments.plot):
+            if path is not None and not path.resolve().parent.is_dir():
+                raise ValueError(f"{path}: its folder does not exist")  # now, not after the runs
+        fields = {name: getattr(arguments, name) for name in EvalSettings.__dataclass_fields__}
+        fields["data"] = tuple(arguments.data)
+        fields["target"] = arguments.target or str(default_target())
+        fields["draft"] = arguments.draft or str(default_draft())
+        result = evaluate(EvalSettings(**fields))
+    except (ValueError, FileNotFoundError, RuntimeError) as error:
+        sys.stderr.write(f"vllm-eagle3 eval: {error}\n")
+        return 1
+    sys.stdout.write(f"{table(result['results'])}\n{NOTE}\n")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if arguments.plot:
+        plot(result["results"], arguments.plot)
+    return 0

@@ -1,0 +1,132 @@
+"""The two things that answer prompts: vLLM in one of its modes, and the reference decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from tqdm import tqdm
+
+from vllm_eagle3.evaluation.metrics import TaskRun, count_chain, covered_seconds
+from vllm_eagle3.evaluation.settings import EvalSettings
+
+Answer = tuple[list[int], str]  # token ids and text
+
+
+class Engine(Protocol):
+    """Answers prompts (token ids) and adds what it counted to `run`."""
+
+    tokenizer: Any
+
+    def answer(self, prompts: Sequence[list[int]], run: TaskRun, label: str) -> list[Answer]: ...
+
+
+class VllmEngine:
+    """vLLM's offline batch; the environment decides whether it is stock (VLLM_EAGLE3_DISABLE) or ours."""
+
+    def __init__(self, mode: str, settings: EvalSettings, timed: bool) -> None:
+        from vllm import LLM
+
+        extra: dict[str, Any] = {}
+        if mode != "none":
+            drafts = settings.tree.nodes if mode == "tree" else settings.num_speculative_tokens
+            extra["speculative_config"] = {
+                "method": "eagle3", "model": settings.draft, "num_speculative_tokens": drafts
+            }  # fmt: skip
+        if mode == "tree":
+            tree = settings.tree
+            shape = {"depth": tree.depth, "topk": tree.topk, "nodes": tree.nodes}
+            extra["additional_config"] = {"eagle3": {"tree": shape}}
+        self.llm = LLM(
+            settings.target,
+            dtype=settings.dtype,
+            max_model_len=settings.max_model_len,
+            max_num_seqs=settings.batch_size,
+            enforce_eager=settings.enforce_eager,
+            enable_prefix_caching=False,
+            disable_log_stats=False,  # acceptance and times are read from the engine's own counters
+            seed=0,
+            **extra,
+        )
+        self.mode, self.settings, self.timed = mode, settings, timed
+        self.tokenizer = self.llm.get_tokenizer()
+        self.run(self.tokens_of("Hello"), 16, "warm-up")
+
+    def tokens_of(self, text: str) -> list[list[int]]:
+        return [self.tokenizer.encode(text)] * self.settings.batch_size
+
+    def run(self, prompts: Sequence[list[int]], max_tokens: int, label: str) -> list[Any]:
+        from vllm import SamplingParams, TokensPrompt
+
+        params = SamplingParams(temperature=self.settings.temperature, max_tokens=max_tokens)
+        inputs = [TokensPrompt(prompt_token_ids=ids) for ids in prompts]
+        bar = partial(tqdm, leave=False) if label == "warm-up" else tqdm
+        return self.llm.generate(
+            inputs, params, use_tqdm=lambda *args, **kw: bar(*args, **kw | {"desc": label})
+        )
+
+    def counters(self) -> tuple[int, int, list[int]]:
+        """Verifications, accepted drafts, and those by position, since the engine started."""
+        found = {metric.name: metric for metric in self.llm.get_metrics()}
+        scalars = (found.get(f"vllm:spec_decode_num_{name}") for name in ("drafts", "accepted_tokens"))
+        drafts, accepted = (int(getattr(metric, "value", 0)) for metric in scalars)
+        positions = getattr(found.get("vllm:spec_decode_num_accepted_tokens_per_pos"), "values", [])
+        return drafts, accepted, [int(count) for count in positions]
+
+    def answer(self, prompts: Sequence[list[int]], run: TaskRun, label: str) -> list[Answer]:
+        drafts, accepted, positions = self.counters()
+        outputs = self.run(prompts, self.settings.max_tokens, label)
+        drafts_now, accepted_now, positions_now = self.counters()
+        new = [now - before for before, now in zip(positions, positions_now, strict=True)]
+        run.count(drafts_now - drafts, accepted_now - accepted, [] if self.mode == "tree" else new)
+        run.decode_tokens += sum(len(output.outputs[0].token_ids) - 1 for output in outputs)
+        if self.timed:
+            spans = [(output.metrics.first_token_ts, output.metrics.last_token_ts) for output in outputs]
+            run.decode_seconds = (run.decode_seconds or 0.0) + covered_seconds(spans)
+        return [(list(output.outputs[0].token_ids), output.outputs[0].text) for output in outputs]
+
+
+class ReferenceEngine:
+    """The reference decoder (reference.py), one prompt at a time; its speed is not reported."""
+
+    def __init__(self, mode: str, settings: EvalSettings) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from vllm_eagle3.evaluation.reference import chain, eagle2_tree
+        from vllm_eagle3.training.model import DraftModel
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(settings.target)
+        model: Any = AutoModelForCausalLM.from_pretrained(settings.target, dtype=settings.dtype)
+        self.model = model.to(device).eval()
+        embeddings = self.model.get_input_embeddings().weight
+        self.draft = DraftModel.from_checkpoint(settings.draft, self.model.dtype, embeddings).to(device)
+        tree, self.chained = settings.tree, mode == "reference-chain"
+        self.propose = (
+            chain(settings.num_speculative_tokens)
+            if self.chained
+            else eagle2_tree(tree.depth, tree.topk, tree.nodes)
+        )
+        self.settings = settings
+        self.generator = torch.Generator(device).manual_seed(0)
+        ends = self.model.generation_config.eos_token_id
+        self.stop = {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+
+    def answer(self, prompts: Sequence[list[int]], run: TaskRun, label: str) -> list[Answer]:
+        from vllm_eagle3.evaluation.reference import decode
+
+        answers, accepted = list[Answer](), list[int]()
+        for prompt in tqdm(prompts, desc=label):
+            decoded = decode(
+                self.model, self.draft, prompt, self.propose, self.settings.max_tokens, self.stop,
+                self.settings.temperature, self.generator,
+            )  # fmt: skip
+            accepted += decoded.accepted
+            run.decode_tokens += len(decoded.tokens) - 1
+            text = self.tokenizer.decode(decoded.tokens, skip_special_tokens=True)
+            answers.append((decoded.tokens, text))
+        length = self.settings.num_speculative_tokens if self.chained else 0
+        run.count(len(accepted), sum(accepted), count_chain(accepted, length))
+        return answers

@@ -1,0 +1,57 @@
+"""Runs each mode in a fresh process and puts the counts together: `evaluate` is `vllm-eagle3 eval`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_eagle3.evaluation.metrics import TaskRun, result_rows
+from vllm_eagle3.evaluation.provenance import provenance
+from vllm_eagle3.evaluation.settings import EvalSettings
+
+
+def environment(mode: str) -> dict[str, str]:
+    """The environment of a mode's process: stock or ours, and which model runner on a CPU."""
+    env = {k: v for k, v in os.environ.items() if k not in ("VLLM_EAGLE3_DISABLE", "VLLM_EAGLE3_INTERPRET")}
+    env.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    if mode in ("none", "native"):
+        env["VLLM_EAGLE3_DISABLE"] = "1"
+    if not torch.cuda.is_available():
+        env["VLLM_USE_V2_MODEL_RUNNER"] = "1" if mode == "tree" else "0"
+        if mode == "tree":
+            env["VLLM_EAGLE3_INTERPRET"] = "1"
+    return env
+
+
+def run_in_process(mode: str, settings: EvalSettings) -> list[TaskRun]:
+    """Runs one mode in a process of its own.
+
+    Raises:
+        RuntimeError: the process failed; its own messages are on stderr.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        given, out = Path(folder) / "settings.json", Path(folder) / "runs.jsonl"
+        given.write_text(settings.to_json(), encoding="utf-8")
+        command = [sys.executable, "-m", "vllm_eagle3.evaluation.worker", mode, str(given), str(out)]
+        done = subprocess.run(command, env=environment(mode), stdout=sys.stderr, check=False)
+        if done.returncode:
+            raise RuntimeError(f"mode {mode} failed with exit code {done.returncode}; see its messages above")
+        return [TaskRun(**json.loads(line)) for line in out.read_text(encoding="utf-8").splitlines()]
+
+
+def evaluate(settings: EvalSettings) -> dict[str, Any]:
+    """{"provenance", "results"}, the JSON of `vllm-eagle3 eval`; see metrics.result_rows for the rows.
+
+    Raises:
+        RuntimeError: a mode failed.
+    """
+    made = provenance(settings.data, settings.public())  # before the runs: it names the commit they ran from
+    runs = [run for mode in settings.modes for run in run_in_process(mode, settings)]
+    return {"provenance": made, "results": result_rows(runs, greedy=settings.temperature == 0)}

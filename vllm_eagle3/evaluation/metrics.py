@@ -1,0 +1,132 @@
+"""tau, n-alpha, tokens/s and identity, from what the runs counted.
+
+A verification is one target step over a draft. tau = 1 + accepted drafted tokens / verifications: tokens per
+verification, the bonus token included. n-alpha (chain drafts): the share of n-th drafted tokens (from 0)
+accepted among those whose predecessors all were. tokens/s: tokens after the first of each answer, over the
+time in which at least one answer was being decoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import fmean
+from typing import Any
+
+Answers = dict[str, list[list[int]]]  # prompt id -> token ids of each turn's answer
+
+
+@dataclass
+class TaskRun:
+    """What one mode counted on one task. `decode_seconds` is None where time means nothing."""
+
+    mode: str
+    task: str
+    verifications: int = 0
+    accepted: int = 0
+    accepted_per_position: list[int] = field(default_factory=list)
+    decode_tokens: int = 0
+    decode_seconds: float | None = None
+    answers: Answers = field(default_factory=dict)
+
+    def count(self, verifications: int, accepted: int, per_position: Sequence[int]) -> None:
+        """Adds one batch's counts; `per_position` is empty for trees, whose nodes are no chain's positions."""
+        self.verifications += verifications
+        self.accepted += accepted
+        old = self.accepted_per_position or [0] * len(per_position)
+        self.accepted_per_position = [a + b for a, b in zip(old, per_position, strict=True)]
+
+    @property
+    def tau(self) -> float:
+        return 1.0 + (self.accepted / self.verifications if self.verifications else 0.0)
+
+    @property
+    def n_alpha(self) -> list[float]:
+        reached = [self.verifications, *self.accepted_per_position]
+        return [now / before for before, now in zip(reached, reached[1:], strict=False) if before]
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        return self.decode_tokens / self.decode_seconds if self.decode_seconds else None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def count_chain(accepted: Iterable[int], length: int) -> list[int]:
+    """accepted_per_position of chain drafts of `length` tokens, from what each verification accepted."""
+    counts = list(accepted)
+    return [sum(count > position for count in counts) for position in range(length)]
+
+
+def covered_seconds(intervals: Iterable[tuple[float, float]]) -> float:
+    """Length of the union of (start, end) intervals."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(intervals):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+def repeated_4grams(answers: Iterable[Sequence[int]]) -> float:
+    """Mean over answers of the share of 4-grams seen before in the same answer: loops flatter tau."""
+    shares = []
+    for tokens in answers:
+        grams = [tuple(tokens[i : i + 4]) for i in range(len(tokens) - 3)]
+        if grams:
+            shares.append(1 - len(set(grams)) / len(grams))
+    return fmean(shares) if shares else 0.0
+
+
+def result_rows(runs: Sequence[TaskRun], greedy: bool) -> list[dict[str, Any]]:
+    """The `results` of the JSON: a row per mode and task, and a `mean` row per mode (mean over its tasks).
+
+    `speedup` and `identical` compare with the mode `none` on the same task: null without it, and `identical`
+    is null too where answers are sampled. `exact_match` is the share of answers equal token by token;
+    `identical`: all of them are.
+    """
+    base = {run.task: run for run in runs if run.mode == "none"}
+    rows: list[dict[str, Any]] = []
+    for mode in dict.fromkeys(run.mode for run in runs):
+        of_mode = [_row(run, base.get(run.task), greedy) for run in runs if run.mode == mode]
+        rows += [*of_mode, _mean(mode, of_mode)]
+    return rows
+
+
+def _row(run: TaskRun, base: TaskRun | None, greedy: bool) -> dict[str, Any]:
+    answers = [answer for turns in run.answers.values() for answer in turns]
+    exact = speedup = None
+    if base is not None:
+        if greedy:
+            same = [
+                ours == theirs
+                for id, turns in base.answers.items()
+                for ours, theirs in zip(run.answers[id], turns, strict=True)
+            ]
+            exact = fmean(same)
+        if run.tokens_per_s and base.tokens_per_s:
+            speedup = run.tokens_per_s / base.tokens_per_s
+    return {
+        "mode": run.mode, "task": run.task, "tau": run.tau, "n_alpha": run.n_alpha,
+        "tokens_per_s": run.tokens_per_s, "speedup": speedup,
+        "identical": None if exact is None else exact == 1.0, "exact_match": exact,
+        "verifications": run.verifications,
+        "answers": len(answers), "answer_tokens": sum(map(len, answers)),
+        "repeated_4grams": repeated_4grams(answers),
+    }  # fmt: skip
+
+
+def _mean(mode: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def mean(name: str) -> float | None:
+        values = [row[name] for row in rows]
+        return None if None in values else fmean(values)
+
+    n_alpha = [fmean(column) for column in zip(*(row["n_alpha"] for row in rows), strict=False)]
+    same = [row["identical"] for row in rows]
+    return {
+        "mode": mode, "task": "mean", "tau": mean("tau"), "n_alpha": n_alpha,
+        "tokens_per_s": mean("tokens_per_s"), "speedup": mean("speedup"),
+        "identical": None if None in same else all(same), "exact_match": mean("exact_match"),
+        **{name: sum(row[name] for row in rows) for name in ("verifications", "answers", "answer_tokens")},
+        "repeated_4grams": mean("repeated_4grams"),
+    }  # fmt: skip

@@ -1,0 +1,71 @@
+"""What one evaluation runs: the modes and the settings they share."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from vllm_eagle3.config import TreeOptions
+
+MODES = {
+    "none": "vLLM without speculation",
+    "native": "stock vLLM's eagle3",
+    "chain": "this project's chain in vLLM",
+    "tree": "this project's tree in vLLM (on a CPU through Triton's interpreter, without timings)",
+    "reference-chain": "the chain in plain transformers",
+    "reference-tree": "EAGLE-2's tree in plain transformers",
+}
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+DTYPES = get_args(Dtype)
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """Settings of one evaluation; ValueError names the option with a bad value."""
+
+    target: str
+    draft: str
+    data: tuple[str, ...]
+    modes: tuple[str, ...] = ("none", "native", "chain")
+    num_speculative_tokens: int = 5
+    tree: TreeOptions = TreeOptions()
+    temperature: float = 0.0
+    batch_size: int = 1
+    max_tokens: int = 256
+    limit: int | None = None
+    dtype: Dtype = "auto"
+    max_model_len: int = 4096
+    enforce_eager: bool = False
+
+    def __post_init__(self) -> None:
+        unknown = [mode for mode in self.modes if mode not in MODES]
+        if unknown or not self.modes or len(set(self.modes)) < len(self.modes):
+            raise ValueError(f"--modes: expected each at most once of {', '.join(MODES)}, found {self.modes}")
+        for name in ("num_speculative_tokens", "batch_size", "max_tokens", "max_model_len", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, found {value}")
+        if self.temperature < 0:
+            raise ValueError(f"--temperature: expected at least 0, found {self.temperature}")
+        for path in self.data:
+            if not Path(path).is_file():
+                raise ValueError(f"--data: expected a file of prompts, found none at {path}")
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> EvalSettings:
+        fields = json.loads(text)
+        fields |= {"tree": TreeOptions(**fields["tree"])}
+        return cls(**fields | {name: tuple(fields[name]) for name in ("data", "modes")})
+
+    def public(self) -> dict[str, Any]:
+        """The settings for a result's provenance: names of files and models, not where they lie."""
+        fields = dataclasses.asdict(self)
+        names = {name: Path(fields[name]).name for name in ("target", "draft")}
+        return fields | names | {"data": [Path(path).name for path in self.data], "modes": list(self.modes)}

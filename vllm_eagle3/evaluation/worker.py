@@ -1,0 +1,81 @@
+"""One mode of an evaluation in its own process: `python -m vllm_eagle3.evaluation.worker MODE SETTINGS OUT`.
+
+SETTINGS is a JSON file (EvalSettings); OUT gets one JSON line per task (TaskRun).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from vllm_eagle3.evaluation.engines import Engine, ReferenceEngine, VllmEngine
+from vllm_eagle3.evaluation.metrics import TaskRun
+from vllm_eagle3.evaluation.settings import EvalSettings
+from vllm_eagle3.training.prompts import Prompt, load_prompts
+
+
+def tasks(settings: EvalSettings) -> dict[str, list[Prompt]]:
+    """Prompts by task, at most `limit` of each file. Raises ValueError if two prompts share an id."""
+    found: dict[str, list[Prompt]] = {}
+    ids: set[str] = set()
+    for path in settings.data:
+        for prompt in load_prompts(path)[: settings.limit]:
+            if prompt.id in ids:
+                raise ValueError(f"{path}: a second prompt with id {prompt.id!r}")
+            ids.add(prompt.id)
+            found.setdefault(prompt.source, []).append(prompt)
+    return found
+
+
+def run_task(engine: Engine, mode: str, task: str, prompts: list[Prompt], settings: EvalSettings) -> TaskRun:
+    """Answers all turns: the n-th turn of every conversation, then the next, each after the answers so far.
+
+    Raises ValueError if a turn leaves no room for an answer.
+    """
+    run = TaskRun(mode, task)
+    chats: dict[str, list[dict[str, str]]] = {prompt.id: [] for prompt in prompts}
+    for turn in range(max(len(prompt.turns) for prompt in prompts)):
+        asked = [prompt for prompt in prompts if len(prompt.turns) > turn]
+        inputs = []
+        for prompt in asked:
+            chats[prompt.id].append({"role": "user", "content": prompt.turns[turn]})
+            ids = engine.tokenizer.apply_chat_template(
+                chats[prompt.id], add_generation_prompt=True, return_dict=False
+            )
+            if len(ids) + settings.max_tokens > settings.max_model_len:
+                raise ValueError(
+                    f"{prompt.id}, turn {turn + 1}: {len(ids)} tokens and {settings.max_tokens} new ones "
+                    f"are more than --max-model-len {settings.max_model_len}"
+                )
+            inputs.append(ids)
+        answers = engine.answer(inputs, run, f"{mode} {task} turn {turn + 1}")
+        for prompt, (tokens, text) in zip(asked, answers, strict=True):
+            run.answers.setdefault(prompt.id, []).append(tokens)
+            chats[prompt.id].append({"role": "assistant", "content": text})
+    return run
+
+
+def run_mode(mode: str, settings: EvalSettings) -> Iterator[TaskRun]:
+    """Runs `mode` on every task. Timings are left out where vLLM's kernels are interpreted."""
+    engine: Engine
+    if mode.startswith("reference-"):
+        engine = ReferenceEngine(mode, settings)
+    else:
+        engine = VllmEngine(mode, settings, timed=os.environ.get("VLLM_EAGLE3_INTERPRET") != "1")
+    for task, prompts in tasks(settings).items():
+        yield run_task(engine, mode, task, prompts, settings)
+
+
+def main(argv: list[str]) -> None:
+    mode, settings, out = argv
+    with Path(out).open("w", encoding="utf-8") as file:
+        for run in run_mode(mode, EvalSettings.from_json(Path(settings).read_text(encoding="utf-8"))):
+            file.write(json.dumps(run.to_json()) + "\n")
+            file.flush()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
