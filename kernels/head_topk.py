@@ -230,7 +230,7 @@ def _candidates(
     assert weight_scale is None or weight_scale.is_contiguous()
     block_m = min(max(next_power_of_2(n), 16), 64)
     block_v = 128 if block_m == 16 else 64
-    block_k = 128 if h >= 1024 else 64
+    block_k = 128 if h >= 1024 and x.dtype != torch.float32 else 64
     blocks = cdiv(vocab, block_v)
     keys = torch.empty(n, blocks * k, dtype=torch.int64, device=x.device)
     lse = torch.empty(n, blocks, dtype=torch.float32, device=x.device)

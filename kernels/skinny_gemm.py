@@ -32,14 +32,14 @@ class SplitKConfig:
     num_stages: int
 
 
-def split_k_config(n: int, h: int, widths: Sequence[int], sms: int) -> SplitKConfig:
+def split_k_config(n: int, h: int, widths: Sequence[int], sms: int, fp32: bool = False) -> SplitKConfig:
     """Tiles for n rows, h output columns and chunks of the given widths. A fixed table: no autotuning.
 
     Aims at four programs per SM, each with at least four (for narrow chunks two) tiles to pipeline.
     """
     block_m = min(max(next_power_of_2(n), 16), 64)
     block_n = 64
-    block_k = 128 if min(widths) >= 1024 else 64
+    block_k = 128 if min(widths) >= 1024 and not fp32 else 64
     programs = cdiv(n, block_m) * cdiv(h, block_n) * len(widths)
     most = max(1, min(widths) // (block_k * (4 if block_k == 128 else 2)))
     splits = min(cdiv(4 * sms, programs), most)
@@ -189,7 +189,7 @@ def skinny_gemm(
     out = torch.empty(n, h, dtype=x0.dtype, device=x0.device)
     if n == 0:
         return out
-    cfg = split_k_config(n, h, widths, num_sms(x0.device))
+    cfg = split_k_config(n, h, widths, num_sms(x0.device), fp32=x0.dtype == torch.float32)
     n_chunks, x_strides = len(states), tuple(row_stride(x) for x in states)
     shares = n_chunks * cfg.splits
     partial = torch.empty(shares, n, h, dtype=torch.float32, device=x0.device)

@@ -7,12 +7,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from unittest import mock
 
 import torch
@@ -67,11 +69,11 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 @contextmanager
-def recording():
+def recording() -> Iterator[list[Compiled]]:
     """Within it every launch is compiled for sm_90 instead of run; yields the list of `Compiled`."""
     done: list[Compiled] = []
 
-    def run(self: JITFunction, *args, grid, warmup=False, **kwargs):
+    def run(self: JITFunction, *args: object, grid: object, warmup: bool = False, **kwargs: object) -> None:
         options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages") if k in kwargs}
         bound = self.signature.bind(*args, **kwargs).arguments
         consts: dict = {}
@@ -97,3 +99,57 @@ def compile_launches(call: Callable[[], object]) -> list[Compiled]:
     with recording() as done:
         call()
     return done
+
+
+def launches_of_8b_shapes() -> dict[str, Callable[[], object]]:
+    """One call of every operation at the shapes of an 8B model, plus the dtypes and forms that compile apart."""
+    from vllm_eagle3 import kernels as k
+
+    def of(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    h, vocab, i64, fp8 = 4096, 32000, torch.int64, torch.float8_e4m3fn
+    head = of(vocab, h)
+    d2t = of(vocab, dtype=i64)
+    row = of(h)
+    table = k.kv_table([torch.empty(4, 2, 16, 8, 128, dtype=torch.bfloat16)] * 2)
+    slots = torch.zeros(2, 8, dtype=i64)
+
+    def fc(n: int, dtype: torch.dtype = torch.bfloat16, **options: object) -> object:
+        states = [of(n, h, dtype=dtype)] * 3
+        return k.concat_fc(states, of(h, 3 * h, dtype=dtype), backend="triton", **options)  # type: ignore[arg-type]
+
+    calls: dict[str, Callable[[], object]] = {
+        "fc_1": lambda: fc(1),
+        "fc_64": lambda: fc(64),
+        "fc_rows_norm_32": lambda: fc(32, rows=of(32, dtype=i64), norm_weights=[row] * 3),
+        "fc_fp32": lambda: fc(64, torch.float32),
+        "norm_concat": lambda: k.norm_concat(
+            of(vocab, h), of(9, h), row, row, ids=of(8, dtype=i64), g_rows=of(8, dtype=i64),
+            norm_before_residual=True, backend="triton",
+        ),
+        "head_1": lambda: k.head_topk(of(1, h), head, 1, d2t=d2t, backend="triton"),
+        "head_top10_64": lambda: k.head_topk(of(64, h), head, 10, d2t=d2t, backend="triton"),
+        "head_fp8": lambda: k.head_topk(
+            of(8, h), of(vocab, h, dtype=fp8), 10, weight_scale=of(vocab, dtype=torch.float32), backend="triton"
+        ),
+        "linear_fp8": lambda: k.linear_fp8(
+            of(8, h), of(h, h, dtype=fp8), of(h, dtype=torch.float32), backend="triton"
+        ),
+        "ancestor_bits": lambda: k.ancestor_bits(of(4, 61, dtype=i64), backend="triton"),
+        "tree_walk": lambda: k.tree_walk(*[of(4, 61, dtype=i64)] * 3, backend="triton"),
+        "commit_kv": lambda: k.commit_kv(table, slots, slots, backend="triton"),
+    }  # fmt: skip
+    return calls
+
+
+def main() -> None:
+    """Print what every launch compiled to, as JSON."""
+    report = {
+        name: [asdict(c) for c in compile_launches(call)] for name, call in launches_of_8b_shapes().items()
+    }
+    sys.stdout.write(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
