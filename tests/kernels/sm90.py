@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from typing import Any
 from unittest import mock
 
 import torch
@@ -73,12 +74,12 @@ def recording() -> Iterator[list[Compiled]]:
     """Within it every launch is compiled for sm_90 instead of run; yields the list of `Compiled`."""
     done: list[Compiled] = []
 
-    def run(self: JITFunction, *args: object, grid: object, warmup: bool = False, **kwargs: object) -> None:
+    def run(self: JITFunction, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
         options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages") if k in kwargs}
         bound = self.signature.bind(*args, **kwargs).arguments
         consts: dict = {}
         attrs: dict = {}
-        signature = {}
+        signature: dict[str, object] = {}
         for i, param in enumerate(self.params):
             value = bound[param.name]
             if param.is_constexpr:
@@ -102,7 +103,7 @@ def compile_launches(call: Callable[[], object]) -> list[Compiled]:
 
 
 def launches_of_8b_shapes() -> dict[str, Callable[[], object]]:
-    """One call of every operation at the shapes of an 8B model, plus the dtypes and forms that compile apart."""
+    """Every operation at the shapes of an 8B model, plus the dtypes and forms that compile apart."""
     from vllm_eagle3 import kernels as k
 
     def of(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -115,9 +116,9 @@ def launches_of_8b_shapes() -> dict[str, Callable[[], object]]:
     table = k.kv_table([torch.empty(4, 2, 16, 8, 128, dtype=torch.bfloat16)] * 2)
     slots = torch.zeros(2, 8, dtype=i64)
 
-    def fc(n: int, dtype: torch.dtype = torch.bfloat16, **options: object) -> object:
+    def fc(n: int, dtype: torch.dtype = torch.bfloat16, **options: Any) -> object:
         states = [of(n, h, dtype=dtype)] * 3
-        return k.concat_fc(states, of(h, 3 * h, dtype=dtype), backend="triton", **options)  # type: ignore[arg-type]
+        return k.concat_fc(states, of(h, 3 * h, dtype=dtype), backend="triton", **options)
 
     calls: dict[str, Callable[[], object]] = {
         "fc_1": lambda: fc(1),
@@ -145,10 +146,8 @@ def launches_of_8b_shapes() -> dict[str, Callable[[], object]]:
 
 def main() -> None:
     """Print what every launch compiled to, as JSON."""
-    report = {
-        name: [asdict(c) for c in compile_launches(call)] for name, call in launches_of_8b_shapes().items()
-    }
-    sys.stdout.write(json.dumps(report))
+    compiled = {name: compile_launches(call) for name, call in launches_of_8b_shapes().items()}
+    sys.stdout.write(json.dumps({name: [asdict(c) for c in done] for name, done in compiled.items()}))
 
 
 if __name__ == "__main__":
