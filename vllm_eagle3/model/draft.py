@@ -19,6 +19,7 @@ from vllm_eagle3.checkpoint import canonical_tensors
 from vllm_eagle3.config import Eagle3Options
 from vllm_eagle3.kernels.concat_fc import concat_fc
 from vllm_eagle3.model.activate import draft_config
+from vllm_eagle3.model.ops import add_rms_norm, linear, rms_norm, silu_and_mul
 
 
 class _DraftMixin(nn.Module):
@@ -83,35 +84,37 @@ class _DraftMixin(nn.Module):
         Returns:
             (norm(a), what the next step takes for g), both [r, h].
         """
-        layer, model = self.model.layers[0], self.model
+        layer, model, eps = self.model.layers[0], self.model, self.config.rms_norm_eps
         attention, attn = layer.self_attn, layer.self_attn.attn
-        embeds = layer.input_layernorm(model.embed_tokens(input_ids))
-        normed, residual = layer._residual_norm(hidden_states=hidden_states)
-        qkv, _ = attention.qkv_proj(torch.cat([embeds, normed], dim=-1))
-        query, key, value = self._rotated(attention, qkv, positions)
-        key = key.view(-1, attention.num_kv_heads, attention.head_dim)
-        value = value.view(-1, attention.num_kv_heads, attention.head_dim)
+        embeds = rms_norm(model.embed_tokens(input_ids), layer.input_layernorm.weight, eps)
+        normed = rms_norm(hidden_states, layer.hidden_norm.weight, eps)
+        residual = normed if self.draft_config.norm_before_residual else hidden_states
+        qkv = linear(attention.qkv_proj, torch.cat([embeds, normed], dim=-1))
+        query, key, value = self._rotated(attention, qkv, positions, eps)
         if slot_mapping is not None:
+            key = key.view(-1, attention.num_kv_heads, attention.head_dim)
+            value = value.view(-1, attention.num_kv_heads, attention.head_dim)
             attn.impl.do_kv_cache_update(attn, key, value, attn.kv_cache, slot_mapping)
         if rows is not None:
-            query, key, value, residual = query[rows], key[rows], value[rows], residual[rows]
+            query, residual = query[rows], residual[rows]
         query = query.view(-1, attention.num_heads, attention.head_dim)
-        context = torch.empty_like(query)
-        attn.impl.forward(attn, query, key, value, attn.kv_cache, attn_metadata, output=context)
-        output, _ = attention.o_proj(context.view(len(context), -1))
-        output, residual = layer.post_attention_layernorm(output, residual)
-        output, prenorm = model.norm(layer.mlp(output), residual)
+        context = torch.empty_like(query, memory_format=torch.contiguous_format)
+        attn.impl.forward(attn, query, None, None, attn.kv_cache, attn_metadata, output=context)
+        output = linear(attention.o_proj, context.view(len(context), -1))
+        output, residual = add_rms_norm(output, residual, layer.post_attention_layernorm.weight, eps)
+        output = linear(layer.mlp.down_proj, silu_and_mul(linear(layer.mlp.gate_up_proj, output)))
+        output, prenorm = add_rms_norm(output, residual, model.norm.weight, eps)
         return output, output if model.norm_output else prenorm
 
     @staticmethod
     def _rotated(
-        attention: nn.Module, qkv: torch.Tensor, positions: torch.Tensor
+        attention: nn.Module, qkv: torch.Tensor, positions: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         query, key, value = qkv.split([attention.q_size, attention.kv_size, attention.kv_size], dim=-1)
         if hasattr(attention, "q_norm"):  # Qwen3: a norm per head
             heads = (-1, attention.head_dim)
-            query = attention.q_norm(query.unflatten(-1, heads)).flatten(-2)
-            key = attention.k_norm(key.unflatten(-1, heads)).flatten(-2)
+            query = rms_norm(query.reshape(heads), attention.q_norm.weight, eps).view(query.shape)
+            key = rms_norm(key.reshape(heads), attention.k_norm.weight, eps).view(key.shape)
         query, key = attention.rotary_emb(positions, query, key)
         return query, key, value
 
