@@ -18,6 +18,7 @@ from vllm_eagle3.training.export import export
 from vllm_eagle3.training.features import Features, Target
 from vllm_eagle3.training.model import DraftModel
 from vllm_eagle3.training.record import Record, Validation
+from vllm_eagle3.training.store import FeatureStore
 from vllm_eagle3.training.ttt import acceptance, ttt_loss
 
 logger = logging.getLogger(__name__)
@@ -67,12 +68,14 @@ class Trainer:
         target: Target,
         documents: list[Document],
         validation: list[Document],
+        store: FeatureStore | None = None,
     ) -> None:
         self.settings = settings
         self.model = model.to(target.device)
         self.model.embed_tokens.to(target.embeddings.dtype)
         self.target = target
         self.documents = documents
+        self.store = store
         self.head = target.head[model.target_ids.to(target.head.device)]
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
@@ -106,7 +109,7 @@ class Trainer:
             if self.place == len(plan):
                 self.epoch, self.place = self.epoch + 1, 0
                 plan = self._plan(self.documents, self.epoch)
-            losses, answers = self.train_step(make_batch([self.documents[i] for i in plan[self.place]]))
+            losses, answers = self.train_step(plan[self.place])
             seen += answers
             self.tokens += answers
             self.step += 1
@@ -123,12 +126,13 @@ class Trainer:
                 self.save()
         bar.close()
 
-    def train_step(self, batch: Batch) -> tuple[list[float], int]:
-        """One optimiser step; returns per-step losses and the number of answer tokens."""
+    def train_step(self, group: list[int]) -> tuple[list[float], int]:
+        """One optimiser step on the documents of `group`; returns per-step losses and the number of answer tokens."""
         s = self.settings
+        batch = make_batch([self.documents[i] for i in group])
         answers = int(batch.mask.sum())
         batch = batch.to(self.target.device)
-        features = self.target.features(batch)
+        features = self.store.features(batch, group) if self.store else self.target.features(batch)
         self.model.train()
         with self.autocast():
             loss, means = ttt_loss(self.model, batch, features, self.head, s.ttt_steps, s.step_decay, s.loss)
