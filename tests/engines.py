@@ -1,6 +1,7 @@
 """Several vLLM engines one after another in one process, each cleaned up."""
 
 import gc
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -30,6 +31,8 @@ def running(model: Any, **kwargs: Any) -> Iterator[Any]:
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()
+        if "vllm_eagle3.runner.tree_attention" in sys.modules:
+            sys.modules["vllm_eagle3.runner.tree_attention"].deselect_tree_attention()
 
 
 def speculative(draft: Any, tokens: int, **kwargs: Any) -> dict[str, Any]:

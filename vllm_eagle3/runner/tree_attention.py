@@ -5,11 +5,28 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from vllm.v1.attention import selector
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from vllm_eagle3.drafting.attention import path_attention
 from vllm_eagle3.verification.attention import TreeMask, tree_attention
+
+
+def select_tree_attention() -> None:
+    """Have the layers that this process builds from now on use tree attention.
+
+    The CPU platform ignores the selected backend, so its only one is overridden.
+    """
+    register_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}.TreeCPUAttentionBackend")
+    selector._cached_get_attn_backend.cache_clear()
+
+
+def deselect_tree_attention() -> None:
+    """Undo `select_tree_attention`, for a process that builds another engine after one with trees."""
+    AttentionBackendEnum.CPU_ATTN.clear_override()
+    selector._cached_get_attn_backend.cache_clear()
 
 
 def with_tree(metadata: Any, mask: TreeMask) -> Any:

@@ -7,16 +7,16 @@ import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
+from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
-from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata, build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from vllm_eagle3.config import Eagle3Options, TreeOptions
 from vllm_eagle3.drafting.tree import UNUSED, Expansion, Tree, top_children
-from vllm_eagle3.runner.tree_attention import PathMetadata
+from vllm_eagle3.runner.tree_attention import PathMetadata, select_tree_attention
 from vllm_eagle3.runner.tree_state import TreeModelState, TreeStep
 from vllm_eagle3.runner.tree_support import WAY_OUT, refuse_unsupported
 from vllm_eagle3.runner.v2 import Eagle3Speculator
@@ -34,8 +34,7 @@ def make_tree_speculator(vllm_config: VllmConfig, device: torch.device, options:
     refuse_unsupported(vllm_config, options.tree)
     if not current_platform.is_cpu():
         raise ValueError(f"draft trees: no tree attention for {current_platform.device_name} yet; {WAY_OUT}")
-    # The CPU platform ignores the selected backend, so its only one is overridden.
-    register_backend(AttentionBackendEnum.CPU_ATTN, "vllm_eagle3.runner.tree_attention.TreeCPUAttentionBackend")
+    select_tree_attention()
     return TreeSpeculator(vllm_config, device, options.tree)
 
 
@@ -137,13 +136,18 @@ class TreeSpeculator(Eagle3Speculator):
             states = states.gather(1, parents.expand(-1, -1, states.shape[-1]))
             metadata = None
             if attend:
-                metadata = PathMetadata(
+                path = PathMetadata(
                     block_table, last[:, 0] + 1, longest, self.scratch_keys, self.scratch_values, paths
                 )
+                metadata = {self.draft_attn_layer_name: path}
             positions = (last + level).clamp(max=self.max_model_len - 1).repeat(1, topk)
-            normed, states = self.model.step(
-                frontier.tokens.flatten(), states.flatten(0, 1), positions.flatten(), None, metadata
-            )
+            # No slots: the layer writes nothing to the sequence's cache.
+            with set_forward_context(metadata, self.vllm_config, num_tokens=batch * topk, slot_mapping={}):
+                normed, states = self.model(
+                    input_ids=frontier.tokens.flatten(),
+                    positions=positions.flatten(),
+                    hidden_states=states.flatten(0, 1),
+                )
             states = states.view(batch, topk, -1)
             log_probs, ids = top_children(self.model.draft_logits(normed), topk)
             shape = (batch, topk, topk)
