@@ -1,16 +1,49 @@
-"""The ledger: every name of vLLM that this project replaces, and how.
+"""The ledger: every name of vLLM that this project replaces, and every upstream method it overrides.
 
 Nothing of vLLM is imported here: a replacement is made when vLLM itself imports the module that holds the name.
 """
 
+import ast
 import importlib
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 
 from vllm_eagle3.runner.post_import import after_import
 
 logger = logging.getLogger("vllm.eagle3")
+
+
+@dataclass(frozen=True)
+class Seam:
+    """A function of vLLM whose signature this project was written for."""
+
+    defined_in: str
+    """Module that defines it."""
+    qualname: str
+    """"function" or "Class.method"."""
+    signature: str
+    """Names of its parameters, in order."""
+
+    def found(self, vllm: Path) -> str | None:
+        """The signature in the sources under `vllm` (the package's directory); None where there is no such name.
+
+        Reads the source and imports nothing, so it also works on an unpacked wheel.
+        """
+        path = vllm.joinpath(*self.defined_in.split(".")[1:])
+        path = path.with_suffix(".py") if path.with_suffix(".py").is_file() else path / "__init__.py"
+        if not path.is_file():
+            return None
+        node: ast.AST = ast.parse(path.read_text(encoding="utf-8"))
+        for name in self.qualname.split("."):
+            inner = [n for n in ast.iter_child_nodes(node) if getattr(n, "name", None) == name]
+            if not inner:
+                return None
+            node = inner[0]
+        assert isinstance(node, ast.FunctionDef)
+        args = node.args
+        return ", ".join(arg.arg for arg in [*args.posonlyargs, *args.args, *args.kwonlyargs])
 
 
 @dataclass(frozen=True)
@@ -22,13 +55,11 @@ class Patch:
     name: str
     replacement: str
     """"module:attribute" of what stands in for it."""
-    signature: str
-    """Upstream's signature (of the function, or of the class's `__init__`) that the replacement was written for."""
+    seam: Seam
+    """What is replaced; for a class, its `__init__`."""
     why: str
     until: str
     """When it can go."""
-    checked: tuple[str, ...] = ("0.32.0", "0.33.0")
-    """Versions of vLLM whose signature was compared."""
 
     def apply(self, module: ModuleType) -> None:
         target, attribute = self.replacement.split(":")
@@ -41,7 +72,11 @@ LEDGER = (
         module="vllm.v1.worker.gpu_model_runner",
         name="EagleProposer",
         replacement="vllm_eagle3.runner.v1:Eagle3Proposer",
-        signature="(self, vllm_config: VllmConfig, device: torch.device, runner=None)",
+        seam=Seam(
+            "vllm.v1.spec_decode.eagle",
+            "EagleProposer.__init__",
+            "self, vllm_config, device, runner",
+        ),
         why="the V1 runner builds its proposers in a closed if/elif; this is the name it calls for eagle3",
         until="vLLM has a registry of proposers (vllm-project/vllm#36219), or the V1 runner is gone",
     ),
@@ -49,7 +84,11 @@ LEDGER = (
         module="vllm.v1.worker.gpu.model_runner",
         name="init_speculator",
         replacement="vllm_eagle3.runner.v2:init_speculator",
-        signature='(vllm_config: VllmConfig, device: torch.device, req_states: "RequestState")',
+        seam=Seam(
+            "vllm.v1.worker.gpu.spec_decode",
+            "init_speculator",
+            "vllm_config, device, req_states",
+        ),
         why="the V2 runner builds its speculators in this function's closed if/elif",
         until="vLLM has a registry of speculators (vllm-project/vllm#36219)",
     ),
@@ -57,13 +96,64 @@ LEDGER = (
         module="vllm.utils.cpu_triton_utils",
         name="_expand_kernel_impl",
         replacement="vllm_eagle3.runner.cpu_fixes:expand",
-        signature="(output, input_val, cu_num_tokens, replace_from, replace_to, MAX_NUM_TOKENS=None)",
+        seam=Seam(
+            "vllm.utils.cpu_triton_utils",
+            "_expand_kernel_impl",
+            "output, input_val, cu_num_tokens, replace_from, replace_to, MAX_NUM_TOKENS",
+        ),
         why="on CPU it writes temperatures into a temporary, so sampled speculation reads uninitialised memory "
         "(vllm-project/vllm#55005)",
         until="vllm-project/vllm#55005 is fixed",
     ),
 )
 
+
+_PROPOSER = "vllm.v1.spec_decode.llm_base_proposer"
+_SPECULATOR = "vllm.v1.worker.gpu.spec_decode.speculator"
+_AUTOREGRESSIVE = "vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator"
+# Methods that this project's subclasses override or call with positional arguments.
+OVERRIDDEN = (
+    Seam(
+        _PROPOSER,
+        "SpecDecodeBaseProposer.propose",
+        "self, num_speculative_tokens, target_token_ids, target_positions, target_hidden_states, next_token_ids, "
+        "token_indices_to_sample, common_attn_metadata, sampling_metadata, mm_embed_inputs, "
+        "num_rejected_tokens_gpu, slot_mappings",
+    ),
+    Seam(_PROPOSER, "SpecDecodeBaseProposer._greedy_sample", "self, hidden_states"),
+    Seam(_PROPOSER, "SpecDecodeBaseProposer._sample_draft_tokens", "self, hidden_states, sampling_metadata"),
+    Seam(
+        _PROPOSER,
+        "SpecDecodeBaseProposer.dummy_run",
+        "self, num_tokens, use_cudagraphs, is_graph_capturing, slot_mappings",
+    ),
+    Seam(_PROPOSER, "SpecDecodeBaseProposer.load_model", "self, target_model"),
+    Seam(
+        _PROPOSER,
+        "SpecDecodeBaseProposer._update_positions_dependent_metadata",
+        "self, positions, common_attn_metadata, batch_size, input_batch_size, block_size",
+    ),
+    Seam(
+        _PROPOSER,
+        "SpecDecodeBaseProposer.build_per_group_and_layer_attn_metadata",
+        "self, common_attn_metadata, draft_index",
+    ),
+    Seam(_PROPOSER, "compute_probs_and_sample_next_token", "logits, sampling_metadata, use_fp64_gumbel"),
+    Seam(
+        _AUTOREGRESSIVE,
+        "TargetDependentARSpeculator.propose",
+        "self, input_batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_sampled, "
+        "num_rejected, last_sampled, next_prefill_tokens, temperature, seeds, dp_sync_state, dummy_run, "
+        "skip_attn_for_dummy_run, mm_inputs, is_profile, num_speculative_tokens",
+    ),
+    Seam(
+        _SPECULATOR,
+        "DraftModelSpeculator.sample_draft",
+        "self, hidden_states, sample_src_positions, idx_mapping, temperature, seeds, draft_step, draft_logits, "
+        "spec_step_idx",
+    ),
+    Seam(_SPECULATOR, "DraftModelSpeculator.get_draft_top_tokens", "self, hidden_states, spec_step_idx"),
+)
 
 _installed = False
 

@@ -1,0 +1,54 @@
+"""The ledger against the installed vLLM and, slowly, against the next release's sources (1 s; slow: a download)."""
+
+import importlib.util
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from vllm_eagle3.runner.patches import LEDGER, OVERRIDDEN, Seam
+
+SEAMS = [*(patch.seam for patch in LEDGER), *OVERRIDDEN]
+INSTALLED = Path(importlib.util.find_spec("vllm").submodule_search_locations[0])
+
+
+@pytest.mark.parametrize("seam", SEAMS, ids=lambda seam: seam.qualname)
+def test_signature_is_what_we_were_written_for(seam):
+    assert seam.found(INSTALLED) == seam.signature
+
+
+def looks_up(vllm: Path, module: str, name: str) -> bool:
+    """Whether `module` holds `name` (imports or defines it)."""
+    return name in vllm.joinpath(*module.split(".")[1:]).with_suffix(".py").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("patch", LEDGER, ids=lambda patch: patch.name)
+def test_name_is_looked_up_where_it_is_replaced(patch):
+    assert looks_up(INSTALLED, patch.module, patch.name)
+    module, attribute = patch.replacement.split(":")
+    assert hasattr(importlib.import_module(module), attribute)
+    assert patch.why and patch.until
+
+
+def test_a_changed_signature_is_seen(tmp_path):
+    (tmp_path / "some").mkdir()
+    (tmp_path / "some" / "room.py").write_text("class A:\n    def f(self, x, *, y=1): ...\n")
+    assert Seam("vllm.some.room", "A.f", "").found(tmp_path) == "self, x, y"
+    assert Seam("vllm.some.room", "A.g", "").found(tmp_path) is None
+    assert Seam("vllm.no.room", "A.f", "").found(tmp_path) is None
+
+
+@pytest.mark.slow
+def test_next_release(tmp_path):
+    """The sources of vLLM 0.33.0, read and not imported."""
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:"]
+    for tag in ("2_28", "2_31", "2_34", "2_35"):
+        command += ["--platform", f"manylinux_{tag}_x86_64"]
+    subprocess.run([*command, "--python-version", "3.12", "-d", tmp_path, "vllm==0.33.0"], check=True)
+    with zipfile.ZipFile(next(tmp_path.glob("vllm-*.whl"))) as wheel:
+        wheel.extractall(tmp_path, [name for name in wheel.namelist() if name.endswith(".py")])
+    vllm = tmp_path / "vllm"
+    assert {seam.qualname: seam.found(vllm) for seam in SEAMS} == {seam.qualname: seam.signature for seam in SEAMS}
+    assert all(looks_up(vllm, patch.module, patch.name) for patch in LEDGER)

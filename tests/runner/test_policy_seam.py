@@ -1,0 +1,121 @@
+"""The policy in vLLM's scheduler on the V1 runner, closed-form and random pairs (about 60 s)."""
+
+import itertools
+import json
+
+import pytest
+from closed_form import greedy_text, write_draft
+from engines import speculative, token_ids
+from random_llama import write_draft as write_random_draft
+from random_llama import write_target as write_random_target
+from vllm import SamplingParams
+from vllm.config import VllmConfig
+
+from vllm_eagle3.config import Eagle3Options
+from vllm_eagle3.drafting.policy import NOTHING
+from vllm_eagle3.runner import policy_seam
+
+GREEDY = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True, detokenize=False)
+AUTO = {"eagle3": {"policy": "auto"}}
+
+
+@pytest.fixture(autouse=True)
+def installed(monkeypatch, tmp_path):
+    """The config hook of the plugin, and a cost cache of the test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    stock = VllmConfig.__post_init__
+
+    def with_policy(self):
+        policy_seam.install(self, Eagle3Options.from_additional_config(self.additional_config))
+        stock(self)
+
+    monkeypatch.setattr(VllmConfig, "__post_init__", with_policy)
+
+
+def scheduler(llm):
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def count_verified(sched, seen):
+    """Note how many drafts the requests of each step verify."""
+    update = sched.update_from_output
+
+    def wrapped(step, output):
+        seen.append([len(step.scheduled_spec_decode_tokens.get(r, ())) for r in step.num_scheduled_tokens])
+        return update(step, output)
+
+    sched.update_from_output = wrapped
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_outputs_are_exact_while_the_number_of_drafts_changes_every_step(engine, tmp_path, overlap):
+    target = write_random_target(tmp_path / "target")
+    draft = write_random_draft(tmp_path / "draft")
+    prompts = [[3, 9, 27 + 5 * i, 81] for i in range(4)]
+    expected = token_ids(engine(target), prompts, GREEDY)
+    llm = engine(
+        target, speculative_config=speculative(draft, 4), additional_config=AUTO, async_scheduling=overlap
+    )
+    sched, verified = scheduler(llm), []
+    count_verified(sched, verified)
+    turn = itertools.cycle([0, 4, 1, 0, 0, 3, 2, 4])
+    sched.policy.choose = lambda batch, context: sched.policy.by_nodes[next(turn)]
+    lengths = itertools.cycle(itertools.permutations([0, 1, 2, 4]))
+    sched.policy.lengths = lambda requests, shape, context: [
+        min(k, shape.nodes) for k in itertools.islice(itertools.cycle(next(lengths)), len(requests))
+    ]
+    assert token_ids(llm, prompts, GREEDY) == expected
+    assert {k for step in verified for k in step} == {0, 1, 2, 3, 4}
+
+
+def test_it_learns_acceptance_and_cost_and_keeps_them(
+    engine, closed_form_target, closed_form_draft, tmp_path
+):
+    llm = engine(
+        closed_form_target, speculative_config=speculative(closed_form_draft, 4), additional_config=AUTO
+    )
+    sched = scheduler(llm)
+    assert type(sched) is policy_seam.PolicyScheduler
+    assert [s.nodes for s in sched.policy.shapes] == [0, 1, 2, 3, 4]
+    for _ in range(2):
+        prompts = [[3, 9, 27 + i] for i in range(4)]
+        assert token_ids(llm, prompts, GREEDY) == [greedy_text(p[-1], 48) for p in prompts]
+    assert sched.policy.acceptance[0].rates()[0] == pytest.approx(0.8, abs=0.1), "wrong on every fifth token"
+    assert sched.policy.cost.to_json()
+    assert len(sched.policy.requests) <= 4, "finished requests are forgotten"
+    seen = sched.policy.cost.to_json()
+    sched.shutdown()
+    (file,) = (tmp_path / "vllm_eagle3" / "cost").glob("*.json")
+    assert json.loads(file.read_text())["seen"] == seen
+    again, _ = policy_seam.build_policy(sched.vllm_config)
+    assert again.cost.to_json() == seen
+
+
+def test_a_useless_draft_is_switched_off(engine, closed_form_target, tmp_path):
+    draft = write_draft(tmp_path / "wrong", wrong_every=1)
+    llm = engine(closed_form_target, speculative_config=speculative(draft, 4), additional_config=AUTO)
+    policy = scheduler(llm).policy
+    prompts = [[3, 9, 27 + i] for i in range(8)]
+    for _ in range(3):
+        assert token_ids(llm, prompts, GREEDY) == [greedy_text(p[-1], 48) for p in prompts]
+    assert policy.acceptance[0].rates()[0] < 0.05
+    assert policy.best(8) == NOTHING
+
+
+def test_it_leaves_a_table_of_the_users_in_charge(engine, closed_form_target, closed_form_draft):
+    config = speculative(closed_form_draft, 4, num_speculative_tokens_per_batch_size=[[1, 8, 2]])
+    llm = engine(closed_form_target, speculative_config=config, additional_config=AUTO)
+    assert not hasattr(scheduler(llm), "policy")
+
+
+@pytest.mark.parametrize(
+    ("most", "tree", "every", "sizes"),
+    [
+        (4, None, True, [0, 1, 2, 3, 4]),
+        (8, None, False, [0, 1, 2, 3, 5, 7, 8]),
+        (60, {"depth": 6, "topk": 10, "nodes": 60}, False, [0, 15, 30, 60]),
+        (1, None, False, [0, 1]),
+    ],
+)
+def test_sizes(most, tree, every, sizes):
+    assert policy_seam._sizes(most, Eagle3Options(tree=tree), every) == sizes

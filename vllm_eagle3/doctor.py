@@ -1,0 +1,88 @@
+"""`vllm-eagle3 doctor`: versions, device, runner, and whether the names this project replaces fit this vLLM."""
+
+import argparse
+import importlib
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+from vllm_eagle3 import plugin
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the `doctor` command."""
+    parser = subparsers.add_parser("doctor", help="check this installation and say what would be used")
+    parser.set_defaults(func=lambda args: run(args))
+
+
+def run(_: argparse.Namespace) -> int:
+    """Print the findings; 1 when something would keep the plugin from working."""
+    from vllm_eagle3.evaluation.provenance import device, versions
+
+    for name, version in versions().items():
+        print(f"{name:14} {version}")
+    print(f"{'device':14} {', '.join(f'{k} {v}' for k, v in device().items())}")
+    if os.environ.get(plugin.DISABLE) == "1":
+        print(f"{'plugin':14} off: {plugin.DISABLE}=1")
+        return 0
+    found = plugin.vllm_version()
+    if not plugin.is_supported(found):
+        print(f"{'plugin':14} off: supports {plugin.SUPPORTED_TEXT}, found {found or 'no vLLM'}")
+        return 1
+    if not _entry_point_allowed():
+        print(f"{'plugin':14} off: VLLM_PLUGINS={os.environ['VLLM_PLUGINS']!r} leaves out 'eagle3'")
+        return 0
+    print(f"{'plugin':14} on, for {plugin.SUPPORTED_TEXT}")
+    print(f"{'runner':14} {_runner()}")
+    return _ledger()
+
+
+def _entry_point_allowed() -> bool:
+    allowed = os.environ.get("VLLM_PLUGINS")
+    return allowed is None or "eagle3" in allowed.split(",")
+
+
+def _runner() -> str:
+    from vllm.triton_utils import HAS_TRITON
+
+    choice = os.environ.get("VLLM_USE_V2_MODEL_RUNNER")
+    if choice == "0":
+        return "V1 (VLLM_USE_V2_MODEL_RUNNER=0)"
+    if not HAS_TRITON:
+        return "V1 (Triton has no backend for this device): chains only"
+    return "V2" + (" (VLLM_USE_V2_MODEL_RUNNER=1)" if choice == "1" else " where vLLM supports the model on it")
+
+
+def _ledger() -> int:
+    from vllm_eagle3.runner.patches import LEDGER, OVERRIDDEN, install
+
+    install()
+    specification = importlib.util.find_spec("vllm")
+    assert specification is not None and specification.submodule_search_locations
+    vllm = Path(specification.submodule_search_locations[0])
+    misfits = 0
+    for patch in LEDGER:
+        fits = patch.seam.found(vllm) == patch.seam.signature
+        misfits += not fits
+        print(f"  {patch.module}.{patch.name}: {_verdict(fits)}, {_replaced(patch)}")
+    for seam in OVERRIDDEN:
+        if seam.found(vllm) != seam.signature:
+            misfits += 1
+            print(f"  {seam.defined_in}.{seam.qualname}: {_verdict(False)}")
+    print(f"{'seams':14} {len(LEDGER) + len(OVERRIDDEN) - misfits} of {len(LEDGER) + len(OVERRIDDEN)} fit this vLLM")
+    return int(misfits > 0)
+
+
+def _verdict(fits: bool) -> str:
+    return "fits" if fits else "DIFFERS from what this version was written for"
+
+
+def _replaced(patch: Any) -> str:
+    try:
+        module = importlib.import_module(patch.module)
+    except ImportError as error:
+        return f"not importable here ({error})"
+    target, name = patch.replacement.split(":")
+    done = getattr(module, patch.name) is getattr(importlib.import_module(target), name)
+    return "replaced" if done else "NOT replaced"
