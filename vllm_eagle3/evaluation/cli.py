@@ -73,7 +73,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Writes the table to stdout and the files asked for, returns 0; or the error to stderr, and returns 1."""
+    """Table to stdout, files as asked, returns 0; or the error to stderr, and returns 1."""
     from vllm_eagle3.evaluation.evaluate import evaluate
     from vllm_eagle3.evaluation.pair import default_draft, default_target
     from vllm_eagle3.evaluation.report import plot, table

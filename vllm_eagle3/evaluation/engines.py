@@ -94,15 +94,16 @@ class ReferenceEngine:
     def __init__(self, mode: str, settings: EvalSettings) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
+        from vllm_eagle3.evaluation.load_draft import load_draft
         from vllm_eagle3.evaluation.reference import chain, eagle2_tree
-        from vllm_eagle3.training.model import DraftModel
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.tokenizer: Any = AutoTokenizer.from_pretrained(settings.target)
         model: Any = AutoModelForCausalLM.from_pretrained(settings.target, dtype=settings.dtype)
         self.model = model.to(device).eval()
-        embeddings = self.model.get_input_embeddings().weight
-        self.draft = DraftModel.from_checkpoint(settings.draft, self.model.dtype, embeddings).to(device)
+        embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+        draft = load_draft(settings.draft, settings.target, self.model.dtype, embeddings, head)
+        self.draft = draft.to(device)
         tree, self.chained = settings.tree, mode == "reference-chain"
         self.propose = (
             chain(settings.num_speculative_tokens)

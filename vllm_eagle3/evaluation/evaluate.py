@@ -40,7 +40,7 @@ def run_in_process(mode: str, settings: EvalSettings) -> list[TaskRun]:
         given, out = Path(folder) / "settings.json", Path(folder) / "runs.jsonl"
         given.write_text(settings.to_json(), encoding="utf-8")
         command = [sys.executable, "-m", "vllm_eagle3.evaluation.worker", mode, str(given), str(out)]
-        done = subprocess.run(command, env=environment(mode), stdout=sys.stderr, check=False)
+        done = subprocess.run(command, env=environment(mode), stdout=2, check=False)
         if done.returncode:
             raise RuntimeError(f"mode {mode} failed with exit code {done.returncode}; see its messages above")
         return [TaskRun(**json.loads(line)) for line in out.read_text(encoding="utf-8").splitlines()]

@@ -30,7 +30,7 @@ class TaskRun:
     answers: Answers = field(default_factory=dict)
 
     def count(self, verifications: int, accepted: int, per_position: Sequence[int]) -> None:
-        """Adds one batch's counts; `per_position` is empty for trees, whose nodes are no chain's positions."""
+        """Adds a batch's counts; `per_position` is empty for trees, whose nodes are no chain's positions."""
         self.verifications += verifications
         self.accepted += accepted
         old = self.accepted_per_position or [0] * len(per_position)

