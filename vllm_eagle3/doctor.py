@@ -63,11 +63,11 @@ def _ledger() -> int:
     vllm = Path(specification.submodule_search_locations[0])
     misfits = 0
     for patch in LEDGER:
-        fits = patch.seam.found(vllm) == patch.seam.signature
+        fits = patch.seam.fits(vllm)
         misfits += not fits
         print(f"  {patch.module}.{patch.name}: {_verdict(fits)}, {_replaced(patch)}")
     for seam in OVERRIDDEN:
-        if seam.found(vllm) != seam.signature:
+        if not seam.fits(vllm):
             misfits += 1
             print(f"  {seam.defined_in}.{seam.qualname}: {_verdict(False)}")
     print(f"{'seams':14} {len(LEDGER) + len(OVERRIDDEN) - misfits} of {len(LEDGER) + len(OVERRIDDEN)} fit this vLLM")

@@ -16,7 +16,7 @@ INSTALLED = Path(importlib.util.find_spec("vllm").submodule_search_locations[0])
 
 @pytest.mark.parametrize("seam", SEAMS, ids=lambda seam: seam.qualname)
 def test_signature_is_what_we_were_written_for(seam):
-    assert seam.found(INSTALLED) == seam.signature
+    assert seam.fits(INSTALLED), seam.found(INSTALLED)
 
 
 def looks_up(vllm: Path, module: str, name: str) -> bool:
@@ -38,6 +38,8 @@ def test_a_changed_signature_is_seen(tmp_path):
     assert Seam("vllm.some.room", "A.f", "").found(tmp_path) == "self, x, y"
     assert Seam("vllm.some.room", "A.g", "").found(tmp_path) is None
     assert Seam("vllm.no.room", "A.f", "").found(tmp_path) is None
+    assert not Seam("vllm.some.room", "A.f", "self, x").fits(tmp_path)
+    assert Seam("vllm.some.room", "A.f", "self, x", also=("self, x, y",)).fits(tmp_path)
 
 
 @pytest.mark.slow
@@ -50,5 +52,5 @@ def test_next_release(tmp_path):
     with zipfile.ZipFile(next(tmp_path.glob("vllm-*.whl"))) as wheel:
         wheel.extractall(tmp_path, [name for name in wheel.namelist() if name.endswith(".py")])
     vllm = tmp_path / "vllm"
-    assert {seam.qualname: seam.found(vllm) for seam in SEAMS} == {seam.qualname: seam.signature for seam in SEAMS}
+    assert {seam.qualname: seam.found(vllm) for seam in SEAMS if not seam.fits(vllm)} == {}
     assert all(looks_up(vllm, patch.module, patch.name) for patch in LEDGER)

