@@ -39,11 +39,14 @@ def choose_backend(backend: Backend | None, *tensors: Tensor | None) -> Backend:
     Raises ValueError for an unknown name, for tensors on different devices, or when "triton" is asked for
     (or the tensors are on CUDA) and Triton is not installed.
     """
-    devices = {t.device for t in tensors if t is not None}
-    if len(devices) != 1:
-        raise ValueError(f"all tensors must be on one device, found {sorted(map(str, devices))}")
+    device = None
+    for t in tensors:
+        if t is not None:
+            if device is not None and t.device != device:
+                raise ValueError(f"all tensors must be on one device, found {device} and {t.device}")
+            device = t.device
     if backend is None:
-        backend = "triton" if devices.pop().type == "cuda" else "torch"
+        backend = "triton" if device is not None and device.type == "cuda" else "torch"
     if backend not in ("triton", "torch"):
         raise ValueError(f'backend must be "triton", "torch" or None, found {backend!r}')
     if backend == "triton" and not HAS_TRITON:

@@ -147,5 +147,7 @@ def commit_kv_torch(table: KVTable, src_slots: Tensor, dst_slots: Tensor) -> Non
     inside = (src >= 0) & (dst >= 0) & (src < num_blocks * size) & (dst < num_blocks * size)
     keep = (src != dst) & inside
     src, dst = src[keep], dst[keep]
+    if src.numel() == 0:
+        return
     for kv in table.caches:
         kv[dst // size, :, dst % size] = kv[src // size, :, src % size]

@@ -72,18 +72,11 @@ def concat_fc_torch(
     if rows is not None:
         states = [x[rows] for x in states]
     if norm_weights is not None:
-        states = [rms_norm(x, w, eps) for x, w in zip(states, norm_weights, strict=True)]
+        states = [F.rms_norm(x, w.shape, w, eps) for x, w in zip(states, norm_weights, strict=True)]
     x = torch.cat(list(states), dim=-1)
     if input_norm is not None:
-        x = rms_norm(x, input_norm, eps)
+        x = F.rms_norm(x, input_norm.shape, input_norm, eps)
     return F.linear(x, weight)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the last dimension with statistics in fp32 (fp64 for fp64), rounded before the weight as
-    vLLM does."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
 
 
 def _check(
@@ -93,20 +86,22 @@ def _check(
     norm_weights: Sequence[Tensor] | None,
     input_norm: Tensor | None,
 ) -> None:
-    shapes = [tuple(x.shape) for x in states]
-    if not states or any(len(s) != 2 or s[0] != shapes[0][0] for s in shapes):
-        raise ValueError(f"states must be 2-D with equal numbers of rows, found shapes {shapes}")
-    widths = [s[1] for s in shapes]
+    widths = []
+    for x in states:
+        if x.dim() != 2 or x.shape[0] != states[0].shape[0]:
+            shapes = [tuple(x.shape) for x in states]
+            raise ValueError(f"states must be 2-D with equal numbers of rows, found shapes {shapes}")
+        if x.dtype != weight.dtype:
+            raise ValueError(f"states and weight must share a dtype, found {x.dtype} and {weight.dtype}")
+        if x.stride(1) != 1:
+            raise ValueError(f"columns of states must be adjacent in memory, found strides {x.stride()}")
+        widths.append(x.shape[1])
     if weight.dim() != 2 or weight.shape[1] != sum(widths):
         raise ValueError(
-            f"weight must be [h, {sum(widths)}] for states of widths {widths}, found {tuple(weight.shape)}"
+            f"weight must be [h, {sum(widths)}] for widths {widths}, found {tuple(weight.shape)}"
         )
-    if any(x.dtype != weight.dtype for x in states):
-        raise ValueError(
-            f"states and weight must share a dtype, found {[x.dtype for x in states]} and {weight.dtype}"
-        )
-    if any(t.dim() == 2 and t.stride(1) != 1 for t in (*states, weight) if t.shape[1] > 1):
-        raise ValueError("columns of states and weight must be adjacent in memory (stride(1) == 1)")
+    if weight.stride(1) != 1:
+        raise ValueError(f"columns of weight must be adjacent in memory, found strides {weight.stride()}")
     if rows is not None and (rows.dim() != 1 or rows.dtype not in (torch.int32, torch.int64)):
         raise ValueError(f"rows must be a 1-D int32 or int64 tensor, found {rows.dtype} {tuple(rows.shape)}")
     if norm_weights is not None and input_norm is not None:

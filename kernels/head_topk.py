@@ -79,6 +79,7 @@ def _block_topk_kernel(x_ptr, x_stride, weight_ptr, weight_stride, scale_ptr, ke
         acc = tl.dot(w.to(x.dtype), x, acc, input_precision="ieee")
     if HAS_SCALE:
         acc *= tl.load(scale_ptr + offs_v, mask=v_ok, other=0.0)[:, None]
+    # Rows beyond the vocabulary get -inf and the highest ids: every true row comes before them.
     logits = tl.where(v_ok[:, None], acc * logit_scale, float("-inf"))
 
     offset = offs_m.to(tl.int64) * tl.num_programs(1) + block
@@ -87,7 +88,6 @@ def _block_topk_kernel(x_ptr, x_stride, weight_ptr, weight_stride, scale_ptr, ke
 
     lowest = tl.full((BLOCK_V, BLOCK_M), -0x8000000000000000, tl.int64)
     keys = _pack_keys(logits, tl.broadcast_to((vocab_start + offs_v)[:, None], (BLOCK_V, BLOCK_M)))
-    keys = tl.where(v_ok[:, None], keys, lowest)
     for j in range(K):
         best = tl.max(keys, 0)
         tl.store(keys_ptr + offset * K + j, best, mask=m_ok)
@@ -156,9 +156,7 @@ def head_topk(
         raise ValueError(f"d2t must be int64 [{weight.shape[0]}], found {d2t.dtype} {tuple(d2t.shape)}")
     if not 1 <= k <= weight.shape[0]:
         raise ValueError(f"k must be in 1..{weight.shape[0]} (the draft vocabulary), found {k}")
-    chosen = choose_backend(backend, x, weight, d2t, weight_scale)
-    keys, lse = _candidates(x, weight, k, 0, logit_scale, weight_scale, chosen)
-    return _merge(keys, lse, k, d2t, chosen)
+    return _head(x, weight, k, 0, logit_scale, weight_scale, d2t, backend)
 
 
 def local_topk(
@@ -176,10 +174,7 @@ def local_topk(
     As `head_topk` without d2t: ids are draft ids of the whole vocabulary. A rank with V_rank < k rows returns
     V_rank columns (pad before gathering across ranks).
     """
-    chosen = choose_backend(backend, x, weight, weight_scale)
-    k = min(k, weight.shape[0])
-    keys, lse = _candidates(x, weight, k, vocab_start, logit_scale, weight_scale, chosen)
-    return _merge(keys, lse, k, None, chosen)
+    return _head(x, weight, min(k, weight.shape[0]), vocab_start, logit_scale, weight_scale, None, backend)
 
 
 def merge_topk(
@@ -192,9 +187,11 @@ def merge_topk(
     draft_ids = torch.cat([p.draft_ids for p in parts], dim=1)
     if draft_ids.shape[1] < k:
         raise ValueError(f"k={k} exceeds the {draft_ids.shape[1]} candidates of {len(parts)} parts")
-    chosen = choose_backend(backend, draft_ids, d2t)
     keys = pack_keys(torch.cat([p.logits for p in parts], dim=1), draft_ids)
-    return _merge(keys, torch.stack([p.lse for p in parts], dim=1), k, d2t, chosen)
+    lse = torch.stack([p.lse for p in parts], dim=1)
+    if choose_backend(backend, draft_ids, d2t) == "torch":
+        return _mapped(*unpack_keys(keys.topk(k, dim=-1).values), lse.logsumexp(dim=-1), d2t)
+    return _merge(keys, lse, k, d2t)
 
 
 def pack_keys(logits: Tensor, ids: Tensor) -> Tensor:
@@ -211,21 +208,21 @@ def unpack_keys(keys: Tensor) -> tuple[Tensor, Tensor]:
     return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32), 0x7FFFFFFF - (keys & 0x7FFFFFFF)
 
 
-def _candidates(
+def _head(
     x: Tensor,
     weight: Tensor,
     k: int,
     vocab_start: int,
     logit_scale: float,
     weight_scale: Tensor | None,
-    backend: Backend,
-) -> tuple[Tensor, Tensor]:
-    """Keys [n, >= k] among which the top k are, and log-sum-exp parts [n, p]."""
+    d2t: Tensor | None,
+    backend: Backend | None,
+) -> HeadTopK:
     _check(x, weight, k, weight_scale)
     n, (vocab, h) = x.shape[0], weight.shape
     assert vocab_start + vocab < 2**31, "ids fill 31 bits of a key"
-    if backend == "torch":
-        return _candidates_torch(x, weight, k, vocab_start, logit_scale, weight_scale)
+    if choose_backend(backend, x, weight, d2t, weight_scale) == "torch":
+        return _head_torch(x, weight, k, vocab_start, logit_scale, weight_scale, d2t)
     assert x.stride(1) == 1 and weight.stride(1) == 1, "columns of x and weight: adjacent"
     assert weight_scale is None or weight_scale.is_contiguous()
     block_m = min(max(next_power_of_2(n), 16), 64)
@@ -240,29 +237,40 @@ def _candidates(
             logit_scale, K=k, HAS_SCALE=weight_scale is not None, EVEN_K=h % block_k == 0,
             BLOCK_M=block_m, BLOCK_V=block_v, BLOCK_K=block_k, num_warps=4, num_stages=3,
         )  # fmt: skip
-    return keys, lse
+    return _merge(keys, lse, k, d2t)
 
 
-def _candidates_torch(
-    x: Tensor, weight: Tensor, k: int, vocab_start: int, logit_scale: float, weight_scale: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    logits = F.linear(x, weight.to(x.dtype))
+def _head_torch(
+    x: Tensor,
+    weight: Tensor,
+    k: int,
+    vocab_start: int,
+    logit_scale: float,
+    weight_scale: Tensor | None,
+    d2t: Tensor | None,
+) -> HeadTopK:
+    """Plain-torch twin of the head, and its CPU path: logits of the draft vocabulary, nothing wider."""
+    logits = F.linear(x, weight.to(x.dtype)).float()
     if weight_scale is not None:
-        logits = logits * weight_scale
-    logits = logits.float() * logit_scale
-    lse = logits.logsumexp(-1, keepdim=True)
-    if k == 1:  # argmax returns the first of equal maxima, as the keys order them
-        ids = logits.argmax(-1, keepdim=True)
-        return pack_keys(logits.gather(1, ids), ids + vocab_start), lse
-    return pack_keys(logits, torch.arange(vocab_start, vocab_start + weight.shape[0], device=x.device)), lse
-
-
-def _merge(keys: Tensor, lse: Tensor, k: int, d2t: Tensor | None, backend: Backend) -> HeadTopK:
-    if backend == "torch":
-        logits, draft_ids = unpack_keys(keys.topk(k, dim=-1).values)
-        return HeadTopK(
-            draft_ids if d2t is None else draft_ids + d2t[draft_ids], draft_ids, logits, lse.logsumexp(-1)
+        logits *= weight_scale
+    if logit_scale != 1.0:
+        logits *= logit_scale
+    lse = logits.logsumexp(dim=-1)
+    if k == 1:  # argmax returns the first of equal maxima
+        draft_ids = logits.argmax(dim=-1, keepdim=True)
+        return _mapped(
+            logits.gather(1, draft_ids), draft_ids + vocab_start if vocab_start else draft_ids, lse, d2t
         )
+    ids = torch.arange(vocab_start, vocab_start + weight.shape[0], device=x.device)
+    return _mapped(*unpack_keys(pack_keys(logits, ids).topk(k, dim=-1).values), lse, d2t)
+
+
+def _mapped(logits: Tensor, draft_ids: Tensor, lse: Tensor, d2t: Tensor | None) -> HeadTopK:
+    return HeadTopK(draft_ids if d2t is None else draft_ids + d2t[draft_ids], draft_ids, logits, lse)
+
+
+def _merge(keys: Tensor, lse: Tensor, k: int, d2t: Tensor | None) -> HeadTopK:
+    """Launch the merge of candidate keys [n, >= k] and log-sum-exp parts [n, p]."""
     n = keys.shape[0]
     ids, draft_ids = torch.empty(2, n, k, dtype=torch.int64, device=keys.device)
     logits = torch.empty(n, k, dtype=torch.float32, device=keys.device)

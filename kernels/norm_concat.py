@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ._triton import Backend, choose_backend, next_power_of_2, row_stride, tl, triton
-from .concat_fc import rms_norm
 
 MAX_HIDDEN = 16384  # a row is held in registers
 
@@ -38,11 +38,10 @@ def _norm_concat_kernel(embed_ptr, embed_stride, num_embeds, ids_ptr, g_ptr, g_s
     ok = cols < h
     if side == 0:
         source = row
-        present = ok
         if HAS_IDS:
             source = tl.load(ids_ptr + row).to(tl.int64)
-            present = ok & (source >= 0) & (source < num_embeds)
-        raw = tl.load(embed_ptr + source * embed_stride + cols, mask=present, other=0.0)
+            source = tl.minimum(tl.maximum(source, 0), num_embeds - 1)
+        raw = tl.load(embed_ptr + source * embed_stride + cols, mask=ok, other=0.0)
         weight = tl.load(w_in_ptr + cols, mask=ok, other=0.0)
     else:
         source = row
@@ -77,9 +76,9 @@ def norm_concat(
 ) -> NormConcat:
     """x = [w_in * norm(e) ; w_hidden * norm(g[g_rows])], shape [n, 2h], statistics in fp32.
 
-    embeddings: e itself [n, h], or with ids (int [n]) the table [vocab, h] to look up; an id outside the
-    table reads as a zero embedding (padding rows), never as wild memory. g [n_g, h]; g_rows int [n] picks
-    each row's g (a tree node's parent state), in 0..n_g-1, unchecked on CUDA. w_in, w_hidden [h]:
+    embeddings: e itself [n, h], or with ids (int [n]) the table [vocab, h] to look up; ids are clamped into
+    the table, so that those of padding rows never read wild memory. g [n_g, h]; g_rows int [n] picks each
+    row's g (a tree node's parent state), in 0..n_g-1, unchecked on CUDA. w_in, w_hidden [h]:
     `input_layernorm`, `hidden_norm`. norm_before_residual: None for no residual, else the residual is the
     picked g after (True) or before (False) its norm. All of one dtype.
 
@@ -127,12 +126,11 @@ def norm_concat_torch(
 ) -> NormConcat:
     """Plain-torch twin of `norm_concat`, and its CPU path."""
     if ids is not None:
-        inside = (ids >= 0) & (ids < embeddings.shape[0])
-        embeddings = torch.where(inside[:, None], embeddings[torch.where(inside, ids, 0)], 0)
+        embeddings = F.embedding(ids.clamp(0, embeddings.shape[0] - 1), embeddings)
     if g_rows is not None:
         g = g[g_rows]
-    normed = rms_norm(g, w_hidden, eps)
-    x = torch.cat([rms_norm(embeddings, w_in, eps), normed], dim=-1)
+    normed = F.rms_norm(g, w_hidden.shape, w_hidden, eps)
+    x = torch.cat([F.rms_norm(embeddings, w_in.shape, w_in, eps), normed], dim=-1)
     return NormConcat(x, None if norm_before_residual is None else normed if norm_before_residual else g)
 
 
@@ -144,18 +142,14 @@ def _check(
     embeddings: Tensor, g: Tensor, w_in: Tensor, w_hidden: Tensor, ids: Tensor | None, g_rows: Tensor | None
 ) -> None:
     if embeddings.dim() != 2 or g.dim() != 2 or embeddings.shape[1] != g.shape[1]:
-        raise ValueError(
-            f"embeddings and g must be 2-D and equally wide, found {embeddings.shape} and {g.shape}"
-        )
-    if w_in.shape != (g.shape[1],) or w_hidden.shape != (g.shape[1],):
-        raise ValueError(
-            f"norm weights must be [{g.shape[1]}], found {tuple(w_in.shape)} and {tuple(w_hidden.shape)}"
-        )
-    dtypes = {t.dtype for t in (embeddings, g, w_in, w_hidden)}
-    if len(dtypes) != 1:
-        raise ValueError(
-            f"embeddings, g and norm weights must share a dtype, found {sorted(map(str, dtypes))}"
-        )
+        found = f"{tuple(embeddings.shape)} and {tuple(g.shape)}"
+        raise ValueError(f"embeddings and g must be 2-D and equally wide, found {found}")
+    for name, weight in (("w_in", w_in), ("w_hidden", w_hidden)):
+        if weight.shape != g.shape[1:]:
+            raise ValueError(f"{name} must be [{g.shape[1]}], found {tuple(weight.shape)}")
+    if not embeddings.dtype == g.dtype == w_in.dtype == w_hidden.dtype:
+        found = f"{embeddings.dtype}, {g.dtype}, {w_in.dtype}, {w_hidden.dtype}"
+        raise ValueError(f"embeddings, g, w_in and w_hidden must share a dtype, found {found}")
     for name, index in (("ids", ids), ("g_rows", g_rows)):
         if index is not None and (index.dim() != 1 or index.dtype not in (torch.int32, torch.int64)):
             raise ValueError(

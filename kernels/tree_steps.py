@@ -89,16 +89,17 @@ def ancestor_bits(parents: Tensor, *, backend: Backend | None = None) -> tuple[T
 
 
 def ancestor_bits_torch(parents: Tensor) -> tuple[Tensor, Tensor]:
-    """Plain-torch twin of `ancestor_bits`: one node after the other, from its parent's row."""
-    b, nodes = parents.shape
-    depth = torch.zeros(b, nodes, dtype=torch.int32, device=parents.device)
-    bits = torch.ones(b, nodes, dtype=torch.int64, device=parents.device)
-    for i in range(1, nodes):
-        linked = parents[:, i] >= 0
-        parent = parents[:, i].long().clamp(min=0)[:, None]
-        depth[:, i] = torch.where(linked, depth.gather(1, parent)[:, 0] + 1, 0)
-        own = (1 << i) - (1 << 64 if i == 63 else 0)  # bit 63 is the sign of an int64
-        bits[:, i] = torch.where(linked, bits.gather(1, parent)[:, 0] | own, 1)
+    """Plain-torch twin of `ancestor_bits`, and its CPU path: the same pointer doubling."""
+    nodes = parents.shape[1]
+    ids = torch.arange(nodes, device=parents.device)
+    linked = (parents >= 0) & (parents < nodes) & (ids > 0)
+    up = torch.where(linked, parents, 0).long()
+    depth = linked.int()
+    bits = torch.where(linked, torch.ones_like(ids) << ids, 1)
+    for _ in range((nodes - 1).bit_length()):
+        bits = bits | bits.gather(1, up)
+        depth = depth + depth.gather(1, up)
+        up = up.gather(1, up)
     return depth, bits
 
 
@@ -130,17 +131,22 @@ def tree_walk(
 
 
 def tree_walk_torch(parents: Tensor, tokens: Tensor, sampled: Tensor) -> tuple[Tensor, Tensor]:
-    """Plain-torch twin of `tree_walk`: in topological order one pass over the nodes is the walk."""
+    """Plain-torch twin of `tree_walk`, and its CPU path: all trees one level at a time."""
     b, nodes = parents.shape
-    path = torch.arange(nodes, dtype=torch.int32, device=parents.device).repeat(b, 1)
+    ids = torch.arange(nodes, device=parents.device)
+    path = ids.int().repeat(b, 1)
     accepted = torch.zeros(b, dtype=torch.int32, device=parents.device)
     node = torch.zeros(b, 1, dtype=torch.int64, device=parents.device)
-    for i in range(1, nodes):
-        hit = (parents[:, i : i + 1] == node) & (tokens[:, i : i + 1] == sampled.gather(1, node))
-        node = torch.where(hit, i, node)
+    for level in range(1, nodes):
+        match = (parents == node) & (tokens == sampled.gather(1, node)) & (ids > node)
+        hit = match.any(dim=1, keepdim=True)
+        if not hit.any():
+            break
+        node = torch.where(
+            hit, match.int().argmax(dim=1, keepdim=True), nodes - 1
+        )  # a finished tree stays so
+        path[:, level : level + 1] = torch.where(hit, node.int(), path[:, level : level + 1])
         accepted += hit[:, 0]
-        place = accepted.long()[:, None]
-        path.scatter_(1, place, torch.where(hit, i, path.gather(1, place).long()).int())
     return path, accepted
 
 

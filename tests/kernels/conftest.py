@@ -4,8 +4,8 @@ Triton decides at import time whether it interprets, so these tests need a proce
 
     TRITON_INTERPRET=1 pytest tests/kernels
 
-A process without the variable and without a CUDA device ignores this directory; with a CUDA device and without
-the variable the kernels run on the GPU.
+Without the variable and without a CUDA device this directory is ignored; without the variable but with a CUDA
+device the kernels run on the GPU.
 """
 
 from __future__ import annotations

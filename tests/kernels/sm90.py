@@ -109,7 +109,7 @@ def launches_of_8b_shapes() -> dict[str, Callable[[], object]]:
     def of(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
 
-    h, vocab, i64, fp8 = 4096, 32000, torch.int64, torch.float8_e4m3fn
+    h, vocab, i64, fp32, fp8 = 4096, 32000, torch.int64, torch.float32, torch.float8_e4m3fn
     head = of(vocab, h)
     d2t = of(vocab, dtype=i64)
     row = of(h)
@@ -124,7 +124,7 @@ def launches_of_8b_shapes() -> dict[str, Callable[[], object]]:
         "fc_1": lambda: fc(1),
         "fc_64": lambda: fc(64),
         "fc_rows_norm_32": lambda: fc(32, rows=of(32, dtype=i64), norm_weights=[row] * 3),
-        "fc_fp32": lambda: fc(64, torch.float32),
+        "fc_fp32": lambda: fc(64, fp32),
         "norm_concat": lambda: k.norm_concat(
             of(vocab, h), of(9, h), row, row, ids=of(8, dtype=i64), g_rows=of(8, dtype=i64),
             norm_before_residual=True, backend="triton",
@@ -132,10 +132,10 @@ def launches_of_8b_shapes() -> dict[str, Callable[[], object]]:
         "head_1": lambda: k.head_topk(of(1, h), head, 1, d2t=d2t, backend="triton"),
         "head_top10_64": lambda: k.head_topk(of(64, h), head, 10, d2t=d2t, backend="triton"),
         "head_fp8": lambda: k.head_topk(
-            of(8, h), of(vocab, h, dtype=fp8), 10, weight_scale=of(vocab, dtype=torch.float32), backend="triton"
+            of(8, h), of(vocab, h, dtype=fp8), 10, weight_scale=of(vocab, dtype=fp32), backend="triton"
         ),
         "linear_fp8": lambda: k.linear_fp8(
-            of(8, h), of(h, h, dtype=fp8), of(h, dtype=torch.float32), backend="triton"
+            of(8, h), of(h, h, dtype=fp8), of(h, dtype=fp32), backend="triton"
         ),
         "ancestor_bits": lambda: k.ancestor_bits(of(4, 61, dtype=i64), backend="triton"),
         "tree_walk": lambda: k.tree_walk(*[of(4, 61, dtype=i64)] * 3, backend="triton"),

@@ -68,12 +68,20 @@ def test_strided_rows(device):
 def test_ties_go_to_the_lowest_id(backend, k, device):
     weight = torch.zeros(400, 16, device=device)
     weight[[399, 7, 130, 131, 8], 0] = 1.0
-    weight[300, 0] = -0.0  # equal to 0.0, not above or below it
     x = torch.ones(2, 16, device=device)
     out = head_topk(x, weight, k, backend=backend)
     assert out.draft_ids.tolist() == [[7, 8, 130, 131, 399][:k]] * 2
     out = head_topk(x, -weight, 4, backend=backend)
     assert out.draft_ids.tolist() == [[0, 1, 2, 3]] * 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_minus_zero_ties_with_zero(backend, device):
+    weight = torch.zeros(140, 16, device=device)
+    weight[0, 0] = -1e-30
+    out = head_topk(torch.ones(1, 16, device=device), weight, 3, logit_scale=1e-30, backend=backend)
+    assert out.logits.tolist() == [[0.0] * 3]
+    assert out.draft_ids.tolist() == [[0, 1, 2]]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -89,7 +97,7 @@ def test_nan_and_inf(backend, device):
     clean = head_topk(x, weight, 2, backend=backend)
     weight[140] = torch.tensor([float("inf")] + [0.0] * 15)
     x[:, 0] = x[:, 0].abs()
-    x[1, 3] = float("nan")
+    x[1, 3] = torch.tensor(-0x00400000, dtype=torch.int32).view(torch.float32)  # a NaN with its sign bit set
     out = head_topk(x, weight, 2, backend=backend)
     assert out.logits[1].isnan().all() and out.lse[1].isnan()
     assert out.draft_ids[1].tolist() == [0, 1]

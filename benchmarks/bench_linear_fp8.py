@@ -1,0 +1,61 @@
+"""Weight-only fp8 against bf16 for the draft layer's widest product (gate and up) and its head. CUDA only.
+
+python benchmarks/bench_linear_fp8.py --out benchmarks/results/linear_fp8_<device>.json
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from kernel_timing import (
+    ModelShape,
+    Options,
+    Roofline,
+    Variant,
+    copies,
+    measure_roofline,
+    normal,
+    parse,
+    time_variants,
+    write,
+)
+from tqdm import tqdm
+from vllm_eagle3.kernels import head_topk, linear_fp8, quant_fp8
+
+
+def bench(model: ModelShape, rows: int, options: Options, roofline: Roofline) -> dict[str, Any]:
+    """Times of every variant at one shape; the weight is the head, [draft_vocab, hidden]."""
+    h, v = model.hidden, model.draft_vocab
+    count = copies(options.device, v * h)
+    weights = [normal(v, h, like=options, scale=h**-0.5) for _ in range(count)]
+    quantized = [quant_fp8(w) for w in weights]
+    x = [normal(rows, h, like=options) for _ in range(count)]
+    variants: dict[str, Variant] = {
+        "linear_fp8": lambda i: linear_fp8(x[i], *quantized[i]),
+        "linear": lambda i: F.linear(x[i], weights[i]),
+        "head_topk fp8": lambda i: head_topk(x[i], quantized[i][0], 1, weight_scale=quantized[i][1]),
+        "head_topk": lambda i: head_topk(x[i], weights[i], 1),
+    }
+    return {
+        "model": model.name,
+        "rows": rows,
+        "us": time_variants(variants, count, options),
+        "roofline_us": roofline.microseconds(v * h + rows * h * options.dtype.itemsize, 2 * rows * v * h),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parse(__doc__ or "", argv, rows=(1, 4, 8, 16, 32, 64))
+    if torch.device(options.device).type != "cuda" and not options.dry_run:
+        raise SystemExit("bench_linear_fp8 needs a CUDA device: a CPU widens fp8 weights first")
+    roofline = measure_roofline(options)
+    cases = [(model, rows) for model in options.models for rows in options.rows]
+    results = [bench(model, rows, options, roofline) for model, rows in tqdm(cases, disable=options.dry_run)]
+    write(results, roofline, options, "standard normal states and weights")
+
+
+if __name__ == "__main__":
+    main()
