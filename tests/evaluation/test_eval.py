@@ -140,11 +140,13 @@ def test_json_and_figure(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "chain" in capsys.readouterr().out
 
 
-def test_a_failing_mode_is_an_error(data: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    arguments = parse("--target", "/no/target", "--draft", "/no/draft", "--data", str(data),
-                      "--modes", "reference-chain")  # fmt: skip
+def test_a_failing_mode_is_an_error(
+    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(evaluate.sys, "executable", "false")  # a process that fails at once
+    arguments = parse("--target", "t", "--draft", "d", "--data", str(data), "--modes", "reference-chain")
     assert arguments.func(arguments) == 1
-    assert "mode reference-chain failed" in capfd.readouterr().err
+    assert "mode reference-chain failed with exit code 1" in capsys.readouterr().err
 
 
 def test_provenance_hashes_the_data(data: Path) -> None:

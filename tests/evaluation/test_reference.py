@@ -127,7 +127,7 @@ def test_eagle2_tree_against_brute_force(draft: DraftModel) -> None:
 def test_sampled_text_follows_the_target(target: Any) -> None:
     """Chi-squared of the second token at temperature 0.7, the first one that a draft can spoil.
 
-    The draft is a tree of depth 1 that carries half of the vocabulary, so that accepting and refusing both occur.
+    The draft is a tree of depth 1 with half of the vocabulary: accepting and refusing both occur.
     """
     logits = target(torch.tensor([PROMPT])).logits[0, -1]
     after = target(torch.tensor([[*PROMPT, t] for t in range(VOCAB)])).logits[:, -1]
