@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
 
 @dataclass(frozen=True)
 class Layout:
     """Where the packed documents lie: a stream of T tokens, seen as a padded [B, L] for attention.
 
-    positions [T]: place of a token in its document; slot [T]: its place in the flat padded [B * L];
-    rows [R]: stream indices whose chains are trained; lengths [B].
+    document [T]: number of a token's document; positions [T]: place of a token in its document; slot [T]:
+    its place in the flat padded [B * L]; rows [R]: stream indices whose chains are trained; lengths [B].
     """
 
+    document: Tensor
     positions: Tensor
     slot: Tensor
     rows: Tensor
@@ -33,7 +36,7 @@ class Layout:
         doc = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
         start = (lengths.cumsum(0) - lengths)[doc]
         positions = torch.arange(len(doc), device=lengths.device) - start
-        return Layout(positions, doc * width + positions, rows, lengths)
+        return Layout(doc, positions, doc * width + positions, rows, lengths)
 
     def pad(self, x: Tensor) -> Tensor:
         """[T, heads, d] -> [B, heads, L, d], zeros where a document has ended."""
@@ -46,8 +49,8 @@ def ttt_mask(documents: Tensor, steps: int) -> Tensor:
     """The literal mask of `steps` simulated steps over a packed stream; True = may be read.
 
     documents [T]: document number of every token. Returns [steps * T, steps * T]: row s*T + p is the query
-    of step s + 1 of the chain that starts at p, column s*T + p its key. All step-1 keys up to p of the same document
-    can be read, and of later steps only the chain's own keys (the diagonals of figure 6).
+    of step s + 1 of the chain that starts at p, column s*T + p its key. All step-1 keys up to p of the same
+    document can be read, and of later steps only the chain's own keys (the diagonals of figure 6).
     """
     n = len(documents)
     causal = torch.ones(n, n, dtype=torch.bool).tril() & (documents[:, None] == documents[None])
@@ -60,29 +63,87 @@ def ttt_mask(documents: Tensor, steps: int) -> Tensor:
     return mask.view(steps * n, steps * n)
 
 
+def join_chain(out1: Tensor, lse1: Tensor, q: Tensor, kc: Tensor, vc: Tensor) -> Tensor:
+    """One softmax over a causal part, given by its output [R, H, d] and log-sum-exp [R, H], and c chain keys.
+
+    q [R, H, d]; kc, vc [R, c, H, d]. The chain needs c dot products a row (as the paper suggests). fp32.
+    """
+    scores = (q.float()[:, None] * kc.float()).sum(-1) * q.shape[-1] ** -0.5
+    lse = torch.logsumexp(torch.cat([lse1[:, None], scores], dim=1), dim=1)
+    p = (scores - lse[:, None]).exp()
+    return out1.float() * (lse1 - lse).exp()[..., None] + (p[..., None] * vc.float()).sum(1)
+
+
+class FlexAttention:
+    """The attention of a GPU: flex attention over step-1 keys with document boundaries, joined with the
+    chain."""
+
+    def __init__(self, layout: Layout, k1: Tensor, v1: Tensor) -> None:
+        """k1, v1 [T, H, d]."""
+        document = layout.document
+        rows = layout.rows
+
+        def causal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            row = rows[query]
+            return (document[row] == document[key]) & (key <= row)
+
+        self.mask = create_block_mask(causal, None, None, len(rows), len(document), device=k1.device)
+        self.k1, self.v1 = k1.transpose(0, 1)[None], v1.transpose(0, 1)[None]
+        self.flex = compiled_flex() if k1.is_cuda else flex_attention
+
+    def __call__(self, q: Tensor, kc: Tensor, vc: Tensor) -> Tensor:
+        """q [R, H, d]; kc, vc [R, c, H, d]. Returns [R, H, d]."""
+        out, aux = self.flex(
+            q.transpose(0, 1)[None], self.k1, self.v1, block_mask=self.mask, return_aux=AuxRequest(lse=True)
+        )
+        return join_chain(out[0].transpose(0, 1), aux.lse[0].T, q, kc, vc).to(q.dtype)
+
+
+@functools.cache
+def compiled_flex() -> Any:
+    return torch.compile(flex_attention, dynamic=True)
+
+
+class FlashAttention:
+    """The attention of a CPU: flash attention over padded documents, joined with the chain in one
+    operation."""
+
+    def __init__(self, layout: Layout, k1: Tensor, v1: Tensor) -> None:
+        """k1, v1 [T, H, d]."""
+        self.slot = layout.slot[layout.rows]
+        self.k1, self.v1 = layout.pad(k1), layout.pad(v1)
+
+    def __call__(self, q: Tensor, kc: Tensor, vc: Tensor) -> Tensor:
+        """q [R, H, d]; kc, vc [R, c, H, d]. Returns [R, H, d]."""
+        return ChainAttention.apply(q, self.k1, self.v1, kc, vc, self.slot)
+
+
 class ChainAttention(torch.autograd.Function):
     """Softmax attention over causal step-1 keys and a row's own chain keys, without a [L, L] matrix.
 
-    Flash attention gives the step-1 part and its log-sum-exp; the chain is a few dot products a row (as the paper
-    suggests); one softmax joins them. Backward hands flash the joint output and log-sum-exp, which is all it
-    needs to yield the gradients of its part of the joint softmax.
+    Flash attention gives the step-1 part and its log-sum-exp; the chain is a few dot products a row (as the
+    paper suggests); one softmax joins them. Backward hands flash the joint output and log-sum-exp, which is
+    all it needs to yield the gradients of its part of the joint softmax.
     """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k1: Tensor, v1: Tensor, kc: Tensor, vc: Tensor, slot: Tensor) -> Tensor:
-        """q [R, H, d]; k1, v1 [B, H, L, d]; kc, vc [R, c, H, d]; slot [R] rows in [B * L]. Returns [R, H, d]."""
+        """q [R, H, d]; k1, v1 [B, H, L, d]; kc, vc [R, c, H, d]; slot [R] rows in [B * L]. Returns [R, H,
+        d]."""
         b, h, length, d = k1.shape
         queries = q.new_zeros(b * length, h, d).index_copy(0, slot, q).view(b, length, h, d).transpose(1, 2)
         out1, lse1 = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(queries, k1, v1, 0.0, True)
         lse1_rows = lse1.transpose(1, 2).reshape(b * length, h)[slot]
         out1_rows = out1.transpose(1, 2).reshape(b * length, h, d)[slot].float()
-        scores = torch.einsum("rhd,rchd->rch", q.float(), kc.float()) * d**-0.5
+        scores = (q.float()[:, None] * kc.float()).sum(-1) * d**-0.5
         lse = torch.logsumexp(torch.cat([lse1_rows[:, None], scores], dim=1), dim=1)
         p = (scores - lse[:, None]).exp()
-        out = out1_rows * (lse1_rows - lse).exp()[..., None] + torch.einsum("rch,rchd->rhd", p, vc.float())
+        out = out1_rows * (lse1_rows - lse).exp()[..., None] + (p[..., None] * vc.float()).sum(1)
         out = out.to(q.dtype)
         lse1 = lse1.transpose(1, 2).reshape(b * length, h).index_copy(0, slot, lse)
-        ctx.save_for_backward(q, queries, k1, v1, kc, vc, slot, p, out, lse1.view(b, length, h).transpose(1, 2))
+        ctx.save_for_backward(
+            q, queries, k1, v1, kc, vc, slot, p, out, lse1.view(b, length, h).transpose(1, 2)
+        )
         return out
 
     @staticmethod
@@ -100,9 +161,9 @@ class ChainAttention(torch.autograd.Function):
         )
         go = grad.float()
         delta = (go * out.float()).sum(-1)
-        ds = p * (torch.einsum("rhd,rchd->rch", go, vc.float()) - delta[:, None]) * d**-0.5
+        ds = p * ((go[:, None] * vc.float()).sum(-1) - delta[:, None]) * d**-0.5
         gq_rows = gq.transpose(1, 2).reshape(b * length, h, d)[slot].float()
-        gq_rows = gq_rows + torch.einsum("rch,rchd->rhd", ds, kc.float())
-        gkc = torch.einsum("rch,rhd->rchd", ds, q.float()).to(kc.dtype)
-        gvc = torch.einsum("rch,rhd->rchd", p, go).to(vc.dtype)
+        gq_rows = gq_rows + (ds[..., None] * kc.float()).sum(1)
+        gkc = (ds[..., None] * q.float()[:, None]).to(kc.dtype)
+        gvc = (p[..., None] * go[:, None]).to(vc.dtype)
         return gq_rows.to(q.dtype), gk1, gv1, gkc, gvc, None

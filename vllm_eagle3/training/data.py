@@ -34,6 +34,12 @@ class Batch:
     mask: Tensor
     lengths: Tensor
 
+    def documents(self) -> Tensor:
+        """Number of every token's document, [T]."""
+        return torch.repeat_interleave(
+            torch.arange(len(self.lengths), device=self.lengths.device), self.lengths
+        )
+
     def to(self, device: torch.device | str) -> Batch:
         return Batch(self.tokens.to(device), self.mask.to(device), self.lengths.to(device))
 
@@ -92,13 +98,16 @@ def load_documents(paths: Sequence[str | Path], vocab_size: int) -> list[Documen
             doc = parse_row(row, f"{path}, row {number}")
             if len(doc.tokens) and not 0 <= doc.tokens.min() <= doc.tokens.max() < vocab_size:
                 raise ValueError(
-                    f"{path}, row {number}: token ids lie in {doc.tokens.min()}..{doc.tokens.max()}, but the target's "
-                    f"vocabulary has {vocab_size} entries: was this file made with another model?"
+                    f"{path}, row {number}: token ids lie in {doc.tokens.min()}..{doc.tokens.max()}, "
+                    f"but the target's vocabulary has {vocab_size} entries: was this file made for "
+                    "another model?"
                 )
             if (doc.mask[1:] & doc.mask[:-1]).any():
                 documents.append(doc)
     if not documents:
-        raise ValueError(f"no row with two or more answer tokens in {', '.join(map(str, paths)) or 'an empty list'}")
+        raise ValueError(
+            f"no row with two or more answer tokens in {', '.join(map(str, paths)) or 'an empty list'}"
+        )
     return documents
 
 
@@ -154,3 +163,11 @@ def plan_batches(lengths: Sequence[int], tokens: int, seed: int, epoch: int) -> 
             group.append(index)
         groups.append(group)
     return [groups[i] for i in rng.permutation(len(groups))]
+
+
+def fingerprint(documents: Sequence[Document]) -> str:
+    """SHA-1 over the tokens of all documents, in order."""
+    digest = hashlib.sha1()
+    for doc in documents:
+        digest.update(np.int64(len(doc.tokens)).tobytes() + doc.tokens.tobytes())
+    return digest.hexdigest()

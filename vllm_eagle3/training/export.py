@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import save_file
 
-from vllm_eagle3.training.model import DraftConfig, DraftModel, config_from_json
+from vllm_eagle3.training.model import DraftConfig, DraftModel
 
 FORMATS = ("flat", "speculators")
 OPTIONS = ("norm_before_residual", "norm_output", "fc_norm")
@@ -42,7 +40,8 @@ def body(config: DraftConfig) -> dict[str, Any]:
 
 
 def flat_config(config: DraftConfig, torch_dtype: str) -> dict[str, Any]:
-    """config.json of the flat form; nested aux ids name the *output* of a layer, so they are one less than ours."""
+    """config.json of the flat form; nested aux ids name the *output* of a layer, so they are one less than
+    ours."""
     return body(config) | {
         "architectures": ["LlamaForCausalLMEagle3"],
         "draft_vocab_size": config.draft_vocab_size,
@@ -58,7 +57,11 @@ def flat_config(config: DraftConfig, torch_dtype: str) -> dict[str, Any]:
 
 
 def speculators_config(
-    config: DraftConfig, torch_dtype: str, verifier: str, architectures: list[str], num_speculative_tokens: int
+    config: DraftConfig,
+    torch_dtype: str,
+    verifier: str,
+    architectures: list[str],
+    num_speculative_tokens: int,
 ) -> dict[str, Any]:
     """config.json of the speculators form; its aux ids name the *input* of a layer, as ours do."""
     return {
@@ -101,8 +104,8 @@ def export(
 ) -> Path:
     """Write config.json and model.safetensors (each in one atomic step); returns the directory.
 
-    flat: layer prefix `midlayer.`, no embeddings (the target's are used). speculators: layer prefix `layers.0.`,
-    embeddings shipped. Raises ValueError for an option that the flat form cannot carry.
+    flat: layer prefix `midlayer.`, no embeddings (the target's are used). speculators: layer prefix
+    `layers.0.`, embeddings shipped. Raises ValueError for an option that the flat form cannot carry.
     """
     if form not in FORMATS:
         raise ValueError(f"form must be one of {', '.join(FORMATS)}, found {form!r}")
@@ -132,25 +135,3 @@ def export(
     text.write_text(json.dumps(config, indent=2) + "\n")
     os.replace(text, path / "config.json")
     return path
-
-
-def read_checkpoint(path: Path) -> tuple[DraftConfig, dict[str, Tensor]]:
-    """Config and canonical tensors of a directory that `export` wrote. The general reader is vllm_eagle3.checkpoint."""
-    for name in ("config.json", "model.safetensors"):
-        if not (path / name).is_file():
-            raise FileNotFoundError(f"{path / name}: not found; expected a draft in the flat or speculators form")
-    raw = config_from_json(path / "config.json")
-    inner = raw.get("transformer_layer_config", raw)
-    if "eagle_aux_hidden_state_layer_ids" in raw:
-        aux = tuple(raw["eagle_aux_hidden_state_layer_ids"])
-    elif "eagle_aux_hidden_state_layer_ids" in raw.get("eagle_config", {}):
-        aux = tuple(k + 1 for k in raw["eagle_config"]["eagle_aux_hidden_state_layer_ids"])
-    else:
-        raise ValueError(f"{path / 'config.json'}: eagle_aux_hidden_state_layer_ids is missing; was this file exported here?")
-    shared = {f.name for f in dataclasses.fields(DraftConfig)} & set(inner)
-    values: dict[str, Any] = {name: inner[name] for name in shared}
-    values |= {name: raw[name] for name in (*OPTIONS, "draft_vocab_size", "target_hidden_size")}
-    values |= {"aux_layers": aux, "input_norm": raw["norm_before_fc"], "qk_norm": inner["model_type"] == "qwen3"}
-    tensors = {k.replace("midlayer.", "layers.0."): v for k, v in load_file(path / "model.safetensors").items()}
-    tensors.pop("t2d", None)
-    return DraftConfig(**values), tensors

@@ -27,13 +27,13 @@ class Features:
 def default_aux_layers(num_layers: int) -> tuple[int, int, int]:
     """The engines' default (2, n // 2, n - 3); id k is the state after k layers.
 
-    Raises ValueError for a target with fewer than 6 layers, where these are not three layers in order.
+    Raises ValueError for a target with fewer than 7 layers, where these are not three layers in order.
     """
     low, mid, high = 2, num_layers // 2, num_layers - 3
     if not low < mid < high:
         raise ValueError(
-            f"aux_layers: the default (2, n // 2, n - 3) needs a target with at least 6 layers, found {num_layers}; "
-            "name the layers to read with --aux-layers"
+            f"aux_layers: the default (2, n // 2, n - 3) needs a target with at least 7 layers, "
+            f"found {num_layers}; name the layers to read with --aux-layers"
         )
     return low, mid, high
 
@@ -54,8 +54,12 @@ class Target:
         n = self.config.num_hidden_layers
         self.aux_layers = default_aux_layers(n) if aux_layers is None else tuple(aux_layers)
         if any(not 0 <= k <= n for k in self.aux_layers):
-            raise ValueError(f"aux_layers: expected ids in 0..{n} (layers of {path}), found {self.aux_layers}")
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval().requires_grad_(False)
+            raise ValueError(
+                f"aux_layers: expected ids in 0..{n} (layers of {path}), found {self.aux_layers}"
+            )
+        model = (
+            AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval().requires_grad_(False)
+        )
         self.model: Any = model
         self.decoder: Any = model.get_decoder()
         self.head: Tensor = model.get_output_embeddings().weight

@@ -1,7 +1,9 @@
-"""Losses of the draft against the target's distribution, fused with the head so that no [rows, vocab] logits are kept.
+"""Losses of the draft against the target's distribution, fused with the head so that no [rows, vocab] logits
+are kept.
 
-Soft cross-entropy -sum q log p is the paper's; forward KL differs from it by the target's entropy (same gradient).
-tv = 1 - sum min(p, q) is the rejection probability of one token, lk = -log sum min(p, q) its likelihood form.
+Soft cross-entropy -sum q log p is the paper's; forward KL differs from it by the target's entropy (same
+gradient). tv = 1 - sum min(p, q) is the rejection probability of one token, lk = -log sum min(p, q) its
+likelihood form.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ import torch
 from torch import Tensor
 
 KINDS = ("soft_ce", "kl", "tv", "lk")
-CHUNK = 256
+CHUNK = 256  # rows whose fp32 logits exist at a time
+BLOCK = 2048  # rows whose logit gradients exist at a time
 
 
 def loss_and_grad(logits: Tensor, q: Tensor, kind: str) -> tuple[Tensor, Tensor]:
@@ -37,25 +40,32 @@ def loss_and_grad(logits: Tensor, q: Tensor, kind: str) -> tuple[Tensor, Tensor]
 
 
 class FusedHeadLoss(torch.autograd.Function):
-    """Weighted sum of row losses of logits = x @ weight.T, made chunk by chunk with its gradients."""
+    """Weighted sum of row losses of logits = x @ weight.T, made block by block with its gradients."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, table: Tensor, index: Tensor, scale: Tensor, kind: str
     ) -> tuple[Tensor, Tensor]:
-        """x [n, h]; weight [v, h]; table [m, v] target probabilities; index [n] into it; scale [n] row weights.
+        """x [n, h]; weight [v, h]; table [m, v] target probabilities; index [n] into it; scale [n] row
+        weights.
 
         Returns the scalar sum(scale * loss) and the row losses [n] (without gradient).
         """
         with torch.autocast(x.device.type, enabled=False):
             w = weight.to(x.dtype)
             losses = x.new_empty(len(x), dtype=torch.float32)
-            d_logits = x.new_empty(len(x), len(w))
-            for start in range(0, len(x), CHUNK):
-                part = slice(start, start + CHUNK)
-                losses[part], grad = loss_and_grad((x[part] @ w.T).float(), table[index[part]].float(), kind)
-                d_logits[part] = grad.mul_(scale[part, None])
-            ctx.save_for_backward(d_logits @ w, (d_logits.T @ x).float())
+            grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(w, dtype=torch.float32)
+            for first in range(0, len(x), BLOCK):
+                block = x[first : first + BLOCK]
+                d_logits = x.new_empty(len(block), len(w))
+                for start in range(0, len(block), CHUNK):
+                    part = slice(first + start, min(first + start + CHUNK, first + len(block)))
+                    loss, grad = loss_and_grad((x[part] @ w.T).float(), table[index[part]].float(), kind)
+                    losses[part] = loss
+                    d_logits[start : start + CHUNK] = grad.mul_(scale[part, None])
+                grad_x[first : first + BLOCK] = d_logits @ w
+                grad_weight += d_logits.T @ block
+            ctx.save_for_backward(grad_x, grad_weight)
         ctx.mark_non_differentiable(losses)
         return (losses * scale).sum(), losses
 
@@ -65,7 +75,9 @@ class FusedHeadLoss(torch.autograd.Function):
         return grad_x * grads[0], grad_weight * grads[0], None, None, None, None
 
 
-def eager_head_loss(x: Tensor, weight: Tensor, table: Tensor, index: Tensor, scale: Tensor, kind: str) -> Tensor:
+def eager_head_loss(
+    x: Tensor, weight: Tensor, table: Tensor, index: Tensor, scale: Tensor, kind: str
+) -> Tensor:
     """The same scalar in plain autograd operations: the twin the fused form is tested and timed against."""
     log_p = torch.log_softmax((x @ weight.T).float(), dim=-1)
     q = table[index].float()

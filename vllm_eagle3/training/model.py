@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from vllm_eagle3.checkpoint import CheckpointError, read_checkpoint
+from vllm_eagle3.checkpoint import DraftConfig as CanonicalConfig
 
 KV = tuple[Tensor, Tensor]
 
@@ -28,7 +30,9 @@ class DraftConfig:
     aux_layers: tuple[int, ...]
     target_hidden_size: int
     rms_norm_eps: float = 1e-5
-    rope_parameters: dict[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
+    rope_parameters: dict[str, Any] = field(
+        default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0}
+    )
     max_position_embeddings: int = 2048
     attention_bias: bool = False
     qk_norm: bool = False
@@ -40,7 +44,7 @@ class DraftConfig:
     def __post_init__(self) -> None:
         if not 0 < self.draft_vocab_size <= self.vocab_size:
             raise ValueError(
-                f"draft_vocab_size must lie in 1..{self.vocab_size} (vocab_size), found {self.draft_vocab_size}"
+                f"draft_vocab_size: expected 1..{self.vocab_size} (vocab_size), found {self.draft_vocab_size}"
             )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
@@ -49,6 +53,30 @@ class DraftConfig:
             )
         if not self.aux_layers:
             raise ValueError("aux_layers is empty: at least one layer of the target has to be read")
+
+    @classmethod
+    def resolved(cls, found: CanonicalConfig, source: str) -> DraftConfig:
+        """From what `vllm_eagle3.checkpoint` resolved. Raises CheckpointError when it left the draft to
+        stock vLLM."""
+        if found.unsupported_reason or found.aux_layers is None:
+            raise CheckpointError(f"{source}: {found.unsupported_reason or 'its aux layers are not known'}")
+        body = found.body
+        same = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+        same += ("rms_norm_eps", "rope_parameters", "attention_bias")
+        return cls(
+            hidden_size=found.hidden_size,
+            vocab_size=found.vocab_size,
+            draft_vocab_size=found.draft_vocab_size,
+            aux_layers=tuple(found.aux_layers),
+            target_hidden_size=found.target_hidden_size,
+            max_position_embeddings=found.max_position_embeddings,
+            qk_norm=body["model_type"] == "qwen3",
+            norm_before_residual=found.norm_before_residual,
+            norm_output=found.norm_output,
+            fc_norm=found.fc_norm,
+            input_norm=found.norm_before_fc,
+            **{name: body[name] for name in same},
+        )
 
     @property
     def rope_theta(self) -> float:
@@ -76,7 +104,9 @@ def rope_frequencies(config: DraftConfig) -> Tensor:
     """
     rope = config.rope_parameters
     kind = rope.get("rope_type", "default")
-    inv = 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
+    inv = 1.0 / config.rope_theta ** (
+        torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    )
     if kind == "default":
         return inv
     if kind == "linear":
@@ -147,7 +177,9 @@ class DraftLayer(nn.Module):
     def inputs(self, e: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         """What attention reads [n, 2h] and the residual [n, h]."""
         normed = self.hidden_norm(g)
-        return torch.cat([self.input_layernorm(e), normed], dim=-1), normed if self.norm_before_residual else g
+        return torch.cat(
+            [self.input_layernorm(e), normed], dim=-1
+        ), normed if self.norm_before_residual else g
 
     def output(self, attended: Tensor, residual: Tensor) -> Tensor:
         x = self.self_attn.o_proj(attended.flatten(-2)) + residual
@@ -166,7 +198,9 @@ class DraftModel(nn.Module):
         n_aux = len(c.aux_layers)
         self.fc = nn.Linear(n_aux * c.target_hidden_size, c.hidden_size, bias=False)
         self.fc_norm = (
-            nn.ModuleList(RMSNorm(c.target_hidden_size, c.rms_norm_eps) for _ in range(n_aux)) if c.fc_norm else None
+            nn.ModuleList(RMSNorm(c.target_hidden_size, c.rms_norm_eps) for _ in range(n_aux))
+            if c.fc_norm
+            else None
         )
         self.input_norm = RMSNorm(n_aux * c.target_hidden_size, c.rms_norm_eps) if c.input_norm else None
         self.layers = nn.ModuleList([DraftLayer(c)])
@@ -219,7 +253,11 @@ class DraftModel(nn.Module):
         if mask is None:
             mask = torch.ones(n, total, dtype=torch.bool, device=q.device).tril(total - n)
         attended = F.scaled_dot_product_attention(
-            q.transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None], attn_mask=mask, enable_gqa=True
+            q.transpose(0, 1)[None],
+            k.transpose(0, 1)[None],
+            v.transpose(0, 1)[None],
+            attn_mask=mask,
+            enable_gqa=True,
         )[0].transpose(0, 1)
         return layer.output(attended, residual), (k, v)
 
@@ -244,26 +282,19 @@ class DraftModel(nn.Module):
     def from_checkpoint(
         cls, path: str | Path, dtype: torch.dtype = torch.float32, embeddings: Tensor | None = None
     ) -> DraftModel:
-        """Load a directory this package exported (flat or speculators form).
+        """Load a draft of any dialect that `vllm_eagle3.checkpoint` reads and that ships its own head.
 
         embeddings [vocab, h]: the target's, for a checkpoint without its own; if neither is there,
-        `embed_tokens` has to be set by the caller before use (it is filled with NaN).
-        Raises FileNotFoundError or ValueError naming the file and what was expected of it.
+        `embed_tokens` is filled with NaN and has to be set by the caller before use. Raises CheckpointError.
         """
-        from vllm_eagle3.training.export import read_checkpoint
-
-        config, tensors = read_checkpoint(Path(path))
-        model = cls(config)
-        if "embed_tokens.weight" not in tensors:
-            shape = (config.vocab_size, config.hidden_size)
-            tensors["embed_tokens.weight"] = torch.full(shape, torch.nan) if embeddings is None else embeddings
+        checkpoint = read_checkpoint(path)
+        tensors = dict(checkpoint.tensors())
+        tensors.pop("t2d", None)
+        model = cls(DraftConfig.resolved(checkpoint.config, str(path)))
+        tensors.setdefault("d2t", model.d2t)
+        shape = model.embed_tokens.weight.shape
+        tensors.setdefault(
+            "embed_tokens.weight", torch.full(shape, torch.nan) if embeddings is None else embeddings
+        )
         model.load_state_dict(tensors)
         return model.to(dtype).eval()
-
-
-def config_from_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`. Raises ValueError that names the file when it is no object."""
-    data = json.loads(path.read_text())
-    if not isinstance(data, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(data).__name__}")
-    return data

@@ -14,8 +14,9 @@ from torch.utils.tensorboard import SummaryWriter
 class Validation:
     """Greedy acceptance on held-out text.
 
-    alpha [steps]: share of chains whose step j names the target's best token; n_alpha [steps]: the same among chains
-    whose earlier steps were all right; tau: 1 + mean length of the right prefix (tokens per verification).
+    alpha [steps]: share of chains whose step j names the target's best token; n_alpha [steps]: the same
+    among chains whose earlier steps were all right; tau: 1 + mean length of the right prefix (tokens per
+    verification).
     """
 
     alpha: list[float]

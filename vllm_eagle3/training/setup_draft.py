@@ -35,23 +35,30 @@ def draft_config(target: Target, draft_vocab_size: int, options: dict[str, Any])
 
 
 START_RMS = 8.0  # of g, where fc_norm sets its scale
+INITS = ("target", "random")
 
 
 @torch.no_grad()
-def new_draft(target: Target, vocabulary: Tensor, options: dict[str, Any], init: str, seed: int, sample: Batch) -> DraftModel:
-    """A draft with the target's embeddings, and its rows of the head and last norm.
+def new_draft(
+    target: Target, vocabulary: Tensor, options: dict[str, Any], init: str, seed: int, sample: Batch
+) -> DraftModel:
+    """A draft with the target's embeddings, and its rows of the head and its last norm.
 
-    vocabulary: sorted target ids [draft_vocab]; sample: some training documents, from which the scales of the
-    target's states are measured. init "random": normal(0, 0.02) elsewhere; "regression": fc starts as the
-    ridge regression from the fused states to the target's next state, and the layer as the identity;
+    vocabulary: sorted target ids [draft_vocab]. sample: some training documents, from which the scales of the
+    target's states are measured: those of some channels are a thousand times those of others, and Adam steps
+    alike on all, so norms before a projection start as the inverse of each channel's rms.
+    init "random": the layer starts as normal(0, 0.02); "target": as the target's last layer, reading the
+    last aux state. Raises ValueError where that layer has other shapes.
     """
+    if init not in INITS:
+        raise ValueError(f"init must be one of {', '.join(INITS)}, found {init!r}")
     torch.manual_seed(seed)
     model = DraftModel(draft_config(target, len(vocabulary), options))
     for name, parameter in model.named_parameters():
-        if parameter.dim() > 1 and not name.startswith("embed_tokens"):
-            parameter.normal_(0.0, 0.02)
-        elif name.endswith("bias"):
+        if name.endswith("bias"):
             parameter.zero_()
+        elif parameter.dim() > 1 and name != "embed_tokens.weight":
+            parameter.normal_(0.0, 0.02)
     model.embed_tokens.weight.data = target.embeddings.detach().clone().cpu()
     model.lm_head.weight.copy_(target.head[vocabulary.to(target.head.device)])
     model.norm.weight.copy_(target.decoder.norm.weight)
@@ -60,55 +67,55 @@ def new_draft(target: Target, vocabulary: Tensor, options: dict[str, Any], init:
     if model.fc_norm is not None:
         for norm, state in zip(model.fc_norm, features.aux, strict=True):
             norm.weight.copy_(1 / channel_rms(state))
-    e = model.embed(sample.tokens)
-    model.draft_layer.input_layernorm.weight.copy_(1 / channel_rms(e))
-    if init == "regression":
-        start_from_regression(model, features, sample)
-    elif init == "target":
+    if model.input_norm is not None:
+        model.input_norm.weight.copy_(1 / channel_rms(torch.cat(features.aux, dim=-1)))
+    model.draft_layer.input_layernorm.weight.copy_(1 / channel_rms(model.embed(sample.tokens.cpu())))
+    if init == "target":
         start_from_last_layer(model, target, features)
-    elif init != "random":
-        raise ValueError(f"init must be random or target, found {init!r}")
     return model
 
 
 def channel_rms(x: Tensor) -> Tensor:
     """Root mean square of each channel of x [n, d] after every row was divided by its own."""
     x = x.float()
-    x = x / x.pow(2).mean(-1, keepdim=True).sqrt()
+    x = x / x.pow(2).mean(-1, keepdim=True).sqrt().clamp(min=1e-6)
     return x.pow(2).mean(0).sqrt().clamp(min=1e-3)
 
 
-def start_from_regression(model: DraftModel, features: Features, sample: Batch) -> None:
-    states = [norm(s.float()) for norm, s in zip(model.fc_norm, features.aux, strict=True)]
-    x = torch.cat(states, dim=-1)[:-1].double()
-    y = (features.last[1:].float() / model.norm.weight).double()
-    keep = sample.mask[1:]
-    x, y = x[keep], y[keep]
-    gram = x.T @ x + 0.1 * len(x) * torch.eye(x.shape[1], dtype=torch.double)
-    w = torch.linalg.solve(gram, x.T @ y)
-    print("r2", 1 - ((y - x @ w) ** 2).sum() / (y**2).sum())
-    model.fc.weight.copy_(w.T)
-    model.draft_layer.self_attn.o_proj.weight.mul_(0.5)
-    model.draft_layer.mlp.down_proj.weight.mul_(0.5)
-
-
 def start_from_last_layer(model: DraftModel, target: Target, features: Features) -> None:
-    """Copy the target's last layer into the half that reads g; fc starts by passing the last aux state on."""
+    """Copy the target's last layer into the half that reads g; fc starts by passing the last aux state on.
+
+    With fc_norm or input_norm, g starts with rms START_RMS, and what the layer adds to it is scaled likewise.
+    """
     h = model.config.hidden_size
     source, layer = target.decoder.layers[-1], model.draft_layer
-    gain = 1.0
-    high = torch.ones(h)
-    if model.fc_norm is not None:
+    gain, high = 1.0, torch.ones(h)
+    norm = (
+        model.input_norm
+        if model.input_norm is not None
+        else model.fc_norm[-1]
+        if model.fc_norm is not None
+        else None
+    )
+    if norm is not None:
         gain = START_RMS / float(features.aux[-1].float().pow(2).mean(-1).sqrt().median())
-        high = START_RMS / model.fc_norm[-1].weight
+        high = START_RMS / norm.weight[-h:]
     model.fc.weight.zero_()
     model.fc.weight[:, -h:] = torch.diag(high)
-    for name in ("q_proj", "k_proj", "v_proj"):
-        getattr(layer.self_attn, name).weight.zero_()
-        getattr(layer.self_attn, name).weight[:, h:] = getattr(source.self_attn, name).weight
-    layer.self_attn.o_proj.weight.copy_(source.self_attn.o_proj.weight * gain)
-    for name in ("gate_proj", "up_proj"):
-        getattr(layer.mlp, name).weight.copy_(getattr(source.mlp, name).weight)
-    layer.mlp.down_proj.weight.copy_(source.mlp.down_proj.weight * gain)
+    scales = {"self_attn.o_proj.weight": gain, "mlp.down_proj.weight": gain}
+    theirs = dict(source.named_parameters())
+    for name, mine in layer.named_parameters():
+        if name in ("input_layernorm.weight", "hidden_norm.weight"):
+            continue
+        start = theirs.get(name)
+        reads_both = name.split(".")[1][:1] in "qkv" and mine.dim() == 2 and name.startswith("self_attn")
+        half = mine[:, h:] if reads_both else mine
+        if start is None or start.shape != half.shape:
+            found = "nothing of that name" if start is None else tuple(start.shape)
+            raise ValueError(
+                f"init target: {name} should start from a {tuple(half.shape)} tensor of the target's last "
+                f"layer, found {found}; use init random for this target"
+            )
+        mine.zero_()
+        half.copy_(start * scales.get(name, 1.0))
     layer.hidden_norm.weight.copy_(source.input_layernorm.weight)
-    layer.post_attention_layernorm.weight.copy_(source.post_attention_layernorm.weight)

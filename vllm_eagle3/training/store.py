@@ -1,8 +1,8 @@
-"""Features of the target kept on disk: safetensors shards, allocated once, memory-mapped, filled as they are computed."""
+"""Features of the target kept on disk: safetensors shards, allocated once, memory-mapped, filled as they are
+computed."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
@@ -13,9 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from vllm_eagle3.training.data import Batch, Document
+from vllm_eagle3.training.data import Batch, Document, fingerprint
 from vllm_eagle3.training.features import Features, Target
 
 logger = logging.getLogger(__name__)
@@ -23,23 +22,20 @@ DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 NUMPY = {2: np.uint16, 4: np.uint32}
 
 
-def fingerprint(documents: Sequence[Document]) -> str:
-    """SHA-1 over the tokens of all documents, in order."""
-    digest = hashlib.sha1()
-    for doc in documents:
-        digest.update(np.int64(len(doc.tokens)).tobytes() + doc.tokens.tobytes())
-    return digest.hexdigest()
-
-
 class FeatureStore:
-    """Features of a fixed list of documents. A shard holds "features" [tokens, (n_aux + 1) * ht]: aux states, then last.
+    """Features of a fixed list of documents. A shard holds "features" [tokens, (n_aux + 1) * ht]: aux
+    states, then last.
 
-    `features(batch, documents)` reads what is there and computes, and keeps, what is not: the first epoch fills
-    the store, later ones read it. `fill` does the first part alone. A store serves one target, layer choice and data.
+    `features(batch, documents)` reads what is there and computes, and keeps, what is not: the first epoch
+    fills the store, later ones read it. `fill` does the first part alone. A store serves one target, layer
+    choice and data.
     """
 
-    def __init__(self, path: str | Path, target: Target, documents: Sequence[Document], shard_tokens: int = 1 << 18):
-        """Raises ValueError for a store of other data or settings, OSError when the disk has too little room."""
+    def __init__(
+        self, path: str | Path, target: Target, documents: Sequence[Document], shard_tokens: int = 1 << 18
+    ):
+        """Raises ValueError for a store of other data or settings, OSError when the disk has too little
+        room."""
         self.path, self.target = Path(path), target
         self.dtype = target.head.dtype
         self.parts = len(target.aux_layers) + 1
@@ -92,7 +88,9 @@ class FeatureStore:
             found = json.loads(index.read_text())
             wrong = [f"{k}: {found.get(k)!r} instead of {v!r}" for k, v in meta.items() if found.get(k) != v]
             if wrong:
-                raise ValueError(f"{index}: the store was made for other data or settings ({'; '.join(wrong)})")
+                raise ValueError(
+                    f"{index}: the store was made for other data or settings ({'; '.join(wrong)})"
+                )
             return
         self.path.mkdir(parents=True, exist_ok=True)
         size = meta["tokens"] * self.parts * self.hidden * self.dtype.itemsize
@@ -112,7 +110,9 @@ class FeatureStore:
     def _map(self, index: int, tokens: int) -> np.memmap:
         offset = len(self._header(tokens))
         shape = (tokens, self.parts * self.hidden)
-        return np.memmap(self._shard(index), dtype=NUMPY[self.dtype.itemsize], mode="r+", offset=offset, shape=shape)
+        return np.memmap(
+            self._shard(index), dtype=NUMPY[self.dtype.itemsize], mode="r+", offset=offset, shape=shape
+        )
 
     def _rows(self, document: int) -> np.ndarray:
         shard, first = self.where[document]

@@ -1,0 +1,56 @@
+"""The curves of a run as one PNG."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+
+def read(path: Path) -> dict[str, list[float]]:
+    """Columns of a CSV file of numbers; empty when there is no such file."""
+    if not path.is_file():
+        return {}
+    with path.open() as lines:
+        rows = list(csv.DictReader(lines))
+    return {name: [float(r[name]) for r in rows] for name in (rows[0] if rows else {})}
+
+
+def smooth(values: list[float], weight: float = 0.95) -> list[float]:
+    """Exponential moving average with bias correction."""
+    out, mean, total = [], 0.0, 0.0
+    for value in values:
+        mean, total = weight * mean + (1 - weight) * value, weight * total + 1 - weight
+        out.append(mean / total)
+    return out
+
+
+def draw_curves(out: Path) -> Path:
+    """Draw loss, acceptance and tau against answer tokens from the CSV files in `out`; returns
+    out/curves.png."""
+    train, validation = read(out / "train.csv"), read(out / "validation.csv")
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4), constrained_layout=True)
+    for name in (n for n in train if n.startswith("loss_")):
+        axes[0].plot(train["tokens"], smooth(train[name]), label=f"step {name[5:]}")
+    for name in (n for n in validation if n.startswith("n_alpha_")):
+        axes[1].plot(validation["tokens"], validation[name], marker=".", label=f"step {name[8:]}")
+    if validation:
+        axes[2].plot(validation["tokens"], validation["tau"], marker=".")
+    titles = (
+        "training loss (smoothed)",
+        "validation acceptance, earlier steps right",
+        "tokens per verification",
+    )
+    for axis, title in zip(axes, titles, strict=True):
+        axis.set(title=title, xlabel="answer tokens")
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8)
+    path = out / "curves.png"
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path

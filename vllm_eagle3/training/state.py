@@ -1,0 +1,74 @@
+"""Training states on disk: written whole or not at all, and read back bit for bit."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from vllm_eagle3.training.trainer import Trainer
+
+
+def states(out: Path) -> list[Path]:
+    """Saved states of a run, oldest first."""
+    return sorted((out / "state").glob("step-*.pt"), key=lambda p: int(p.stem.split("-")[1]))
+
+
+def save_state(trainer: Trainer) -> Path:
+    """Write out/state/step-N.pt and drop all but the newest `keep`.
+
+    Raises OSError, with the older states intact, when the disk does not take it.
+    """
+    out = trainer.settings.out
+    path = out / "state" / f"step-{trainer.at.step}.pt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    state = {
+        "model": {k: v for k, v in trainer.model.state_dict().items() if k != "embed_tokens.weight"},
+        "optimizer": trainer.optimizer.state_dict(),
+        "position": asdict(trainer.at),
+        "data_sha1": trainer.data_sha1,
+        "rng": torch.get_rng_state(),
+    }
+    try:
+        torch.save(state, partial)
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:
+        partial.unlink(missing_ok=True)
+        last = states(out)
+        raise OSError(
+            f"{path}: could not be written ({error}); the last good state is {last[-1] if last else 'none'}"
+        ) from error
+    for old in states(out)[: -trainer.settings.keep]:
+        old.unlink()
+    return path
+
+
+def load_newest(trainer: Trainer) -> bool:
+    """Put the newest state on disk into `trainer`; False when there is none.
+
+    Raises ValueError for a state of another draft or other data.
+    """
+    found = states(trainer.settings.out)
+    if not found:
+        return False
+    state = torch.load(found[-1], map_location=trainer.target.device)
+    if state["data_sha1"] != trainer.data_sha1:
+        raise ValueError(
+            f"{found[-1]}: this state was trained on other data; start a new run from its head, "
+            "or give the same data"
+        )
+    mine = {k: v.shape for k, v in trainer.model.state_dict().items() if k != "embed_tokens.weight"}
+    if mine != {k: v.shape for k, v in state["model"].items()}:
+        raise ValueError(
+            f"{found[-1]}: this state is of a draft with other tensors; were the options changed?"
+        )
+    trainer.model.load_state_dict(state["model"], strict=False)
+    trainer.optimizer.load_state_dict(state["optimizer"])
+    vars(trainer.at).update(state["position"])
+    torch.set_rng_state(state["rng"].cpu())
+    return True
