@@ -108,18 +108,24 @@ def time_variants(variants: dict[str, Variant], num_copies: int, options: Option
     """Times by variant."""
     if torch.device(options.device).type == "cuda":
         return {name: _time_graph(call, num_copies, options) for name, call in variants.items()}
+    clock = cpu_clock()
     samples: dict[str, list[float]] = {name: [] for name in variants}
     for call in variants.values():
-        for i in range(num_copies):
-            call(i)
-    end, i = time.perf_counter() + options.seconds * len(variants), 0
-    while i < 5 or time.perf_counter() < end:
+        call(0)
+    end, turn = time.perf_counter() + options.seconds * len(variants), 0
+    while turn < 5 * len(variants) or time.perf_counter() < end:
         for name, call in variants.items():
-            start = time.perf_counter()
-            call(i % num_copies)
-            samples[name].append((time.perf_counter() - start) * 1e6)
-        i += 1
+            copy = turn % num_copies  # a new one each call: no variant finds what another one has just read
+            start = clock()
+            call(copy)
+            samples[name].append((clock() - start) * 1e6)
+            turn += 1
     return {name: _summary(s) for name, s in samples.items()}
+
+
+def cpu_clock() -> Callable[[], float]:
+    """With one thread its CPU time, which leaves out being preempted on a busy machine; else wall time."""
+    return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
 
 
 def _time_graph(call: Variant, num_copies: int, options: Options) -> Times:
@@ -200,7 +206,9 @@ def provenance(options: Options, data: str) -> dict[str, Any]:
             "seconds": options.seconds,
             "rows": options.rows,
             "models": [asdict(m) for m in options.models],
-            "cuda_graph": torch.device(options.device).type == "cuda",
+            "clock": "CUDA graph replay"
+            if torch.device(options.device).type == "cuda"
+            else cpu_clock().__name__,
         },
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }

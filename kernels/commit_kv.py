@@ -24,7 +24,7 @@ class KVTable:
     `kv_table`.
 
     caches: one view [num_blocks, 2, block_size, heads, head_dim] a layer, in words of up to 8 bytes; they are
-    kept so that the addresses stay alive.
+    kept so that the addresses stay alive. Build it again when caches are reallocated.
     """
 
     caches: tuple[Tensor, ...]

@@ -95,8 +95,9 @@ def _block_topk_kernel(x_ptr, x_stride, weight_ptr, weight_stride, scale_ptr, ke
 
 
 @triton.jit
-def _merge_kernel(keys_ptr, lse_parts_ptr, d2t_ptr, ids_ptr, draft_ids_ptr, logits_ptr, lse_ptr, num_keys,
-                  num_parts, K: tl.constexpr, HAS_D2T: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _merge_kernel(keys_ptr, lse_parts_ptr, d2t_ptr, d2t_size, ids_ptr, draft_ids_ptr, logits_ptr, lse_ptr,
+                  num_keys, num_parts, K: tl.constexpr, HAS_D2T: tl.constexpr,
+                  BLOCK: tl.constexpr):  # fmt: skip
     """One row: the K largest of its keys, unpacked and mapped; log-sum-exp over its parts."""
     row = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, BLOCK)
@@ -115,7 +116,7 @@ def _merge_kernel(keys_ptr, lse_parts_ptr, d2t_ptr, ids_ptr, draft_ids_ptr, logi
         draft_id = 0x7FFFFFFF - (below & 0x7FFFFFFF)
         target_id = draft_id
         if HAS_D2T:
-            target_id += tl.load(d2t_ptr + draft_id)
+            target_id += tl.load(d2t_ptr + draft_id, mask=draft_id < d2t_size, other=0)
         tl.store(logits_ptr + row * K + j, logit)
         tl.store(draft_ids_ptr + row * K + j, draft_id)
         tl.store(ids_ptr + row * K + j, target_id)
@@ -123,9 +124,8 @@ def _merge_kernel(keys_ptr, lse_parts_ptr, d2t_ptr, ids_ptr, draft_ids_ptr, logi
     top = tl.full((BLOCK,), float("-inf"), tl.float32)
     for start in range(0, num_parts, BLOCK):
         ok = start + offs < num_parts
-        top = tl.maximum(
-            top, tl.load(lse_parts_ptr + row * num_parts + start + offs, mask=ok, other=float("-inf"))
-        )
+        part = tl.load(lse_parts_ptr + row * num_parts + start + offs, mask=ok, other=float("-inf"))
+        top = tl.maximum(top, part)
     m = _finite_or_zero(tl.max(top, 0))
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, num_parts, BLOCK):
@@ -172,7 +172,7 @@ def local_topk(
     """Top-k over one rank's rows of the head, weight [V_rank, h], which start at draft id vocab_start.
 
     As `head_topk` without d2t: ids are draft ids of the whole vocabulary. A rank with V_rank < k rows returns
-    V_rank columns (pad before gathering across ranks).
+    V_rank columns; pad them with logits of -inf to gather across ranks.
     """
     return _head(x, weight, min(k, weight.shape[0]), vocab_start, logit_scale, weight_scale, None, backend)
 
@@ -278,8 +278,8 @@ def _merge(keys: Tensor, lse: Tensor, k: int, d2t: Tensor | None) -> HeadTopK:
     if n > 0:
         block = min(max(next_power_of_2(keys.shape[1]), 128), 4096)
         _merge_kernel[(n,)](
-            keys.contiguous(), lse.contiguous(), d2t, ids, draft_ids, logits, out_lse,
-            keys.shape[1], lse.shape[1], K=k, HAS_D2T=d2t is not None, BLOCK=block,
+            keys.contiguous(), lse.contiguous(), d2t, 0 if d2t is None else d2t.shape[0],
+            ids, draft_ids, logits, out_lse, keys.shape[1], lse.shape[1], K=k, HAS_D2T=d2t is not None, BLOCK=block,
             num_warps=4 if block < 4096 else 8,
         )  # fmt: skip
     return HeadTopK(ids, draft_ids, logits, out_lse)

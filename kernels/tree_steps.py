@@ -38,8 +38,7 @@ def _ancestor_bits_kernel(parents_ptr, depth_ptr, bits_ptr, nodes, ROUNDS: tl.co
 @triton.jit
 def _tree_walk_kernel(parents_ptr, tokens_ptr, sampled_ptr, path_ptr, accepted_ptr, nodes,
                       BLOCK: tl.constexpr):  # fmt: skip
-    """One tree: from the root, go to the first child whose token is the one sampled here, until there is
-    none."""
+    """One tree: from the root to the first child that holds the token sampled here, until there is none."""
     row = tl.program_id(0).to(tl.int64)
     ids = tl.arange(0, BLOCK)
     inside = ids < nodes
@@ -77,14 +76,9 @@ def ancestor_bits(parents: Tensor, *, backend: Backend | None = None) -> tuple[T
     if b > 0:
         block = max(next_power_of_2(nodes), 2)
         _ancestor_bits_kernel[(b,)](
-            parents.contiguous(),
-            depth,
-            bits,
-            nodes,
-            ROUNDS=(block - 1).bit_length(),
-            BLOCK=block,
+            parents.contiguous(), depth, bits, nodes, ROUNDS=(block - 1).bit_length(), BLOCK=block,
             num_warps=1,
-        )
+        )  # fmt: skip
     return depth, bits
 
 

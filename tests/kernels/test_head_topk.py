@@ -126,6 +126,11 @@ def test_vocabulary_shards_merge_to_the_whole(backend, device):
     assert torch.equal(merged.draft_ids, whole.draft_ids)
     torch.testing.assert_close(merged.logits, whole.logits)
     torch.testing.assert_close(merged.lse, whole.lse)
+    padded = parts[1]._replace(
+        logits=torch.nn.functional.pad(parts[1].logits, (0, 3), value=float("-inf")),
+        draft_ids=torch.nn.functional.pad(parts[1].draft_ids, (0, 3)),
+    )
+    assert torch.equal(merge_topk([parts[0], padded, *parts[2:]], 6, d2t=d2t, backend=backend).ids, whole.ids)
     with pytest.raises(ValueError, match="k=4 exceeds the 3 candidates"):
         merge_topk(parts[1:3], 4, backend=backend)
 
