@@ -81,9 +81,20 @@ def test_old_corrections_are_forgotten_and_new_ones_follow_the_machine() -> None
     for _ in range(60):
         cost.observe(1, 2, 1, 2, 0.0, 3.0 * TABLE.step(3, 1, 2))
     assert not cost.known(1, 1) and cost.correction(1, 2) == pytest.approx(3.0)
-    for _ in range(15):
+    for _ in range(50):
         cost.observe(1, 2, 1, 2, 0.0, TABLE.step(3, 1, 2))
-    assert cost.correction(1, 2) == pytest.approx(1.0)
+    assert cost.correction(1, 2) == pytest.approx(1.0, rel=0.02)
+
+
+def test_a_machine_that_slows_down_does_not_change_the_order_of_shapes() -> None:
+    cost = SeenCost(TABLE)
+    for drafts, ratio in ((0, 1.0), (2, 1.2)):
+        for _ in range(40):
+            cost.observe(4, drafts, 4, drafts, 0.0, ratio * TABLE.step(4 * (drafts + 1), 4, drafts))
+    for _ in range(60):
+        cost.observe(4, 2, 4, 2, 0.0, 2 * 1.2 * TABLE.step(12, 4, 2))
+    assert cost.correction(4, 2) == pytest.approx(2.4, rel=0.02)
+    assert cost.correction(4, 0) / cost.correction(4, 2) == pytest.approx(1.0 / 1.2, rel=0.05)
 
 
 def test_saved_corrections_come_back() -> None:

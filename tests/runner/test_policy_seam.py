@@ -1,4 +1,4 @@
-"""The policy in vLLM's scheduler on the V1 runner, closed-form and random pairs (about 60 s)."""
+"""The policy in vLLM's scheduler on the V1 runner, closed-form and random pairs (about 40 s)."""
 
 import itertools
 import json
@@ -59,9 +59,9 @@ def test_outputs_are_exact_while_the_number_of_drafts_changes_every_step(engine,
     sched, verified = scheduler(llm), []
     count_verified(sched, verified)
     turn = itertools.cycle([0, 4, 1, 0, 0, 3, 2, 4])
-    sched.policy.choose = lambda batch, context: sched.policy.by_nodes[next(turn)]
+    sched.draft_policy.choose = lambda batch, context: sched.draft_policy.by_nodes[next(turn)]
     lengths = itertools.cycle(itertools.permutations([0, 1, 2, 4]))
-    sched.policy.lengths = lambda requests, shape, context: [
+    sched.draft_policy.lengths = lambda requests, shape, context: [
         min(k, shape.nodes) for k in itertools.islice(itertools.cycle(next(lengths)), len(requests))
     ]
     assert token_ids(llm, prompts, GREEDY) == expected
@@ -76,14 +76,16 @@ def test_it_learns_acceptance_and_cost_and_keeps_them(
     )
     sched = scheduler(llm)
     assert type(sched) is policy_seam.PolicyScheduler
-    assert [s.nodes for s in sched.policy.shapes] == [0, 1, 2, 3, 4]
+    assert [s.nodes for s in sched.draft_policy.shapes] == [0, 1, 2, 3, 4]
     for _ in range(2):
         prompts = [[3, 9, 27 + i] for i in range(4)]
         assert token_ids(llm, prompts, GREEDY) == [greedy_text(p[-1], 48) for p in prompts]
-    assert sched.policy.acceptance[0].rates()[0] == pytest.approx(0.8, abs=0.1), "wrong on every fifth token"
-    assert sched.policy.cost.to_json()
-    assert len(sched.policy.requests) <= 4, "finished requests are forgotten"
-    seen = sched.policy.cost.to_json()
+    assert sched.draft_policy.acceptance[0].rates()[0] == pytest.approx(0.8, abs=0.1), (
+        "wrong on every fifth token"
+    )
+    assert sched.draft_policy.cost.to_json()
+    assert len(sched.draft_policy.requests) <= 4, "finished requests are forgotten"
+    seen = sched.draft_policy.cost.to_json()
     sched.shutdown()
     (file,) = (tmp_path / "vllm_eagle3" / "cost").glob("*.json")
     assert json.loads(file.read_text())["seen"] == seen
@@ -94,7 +96,7 @@ def test_it_learns_acceptance_and_cost_and_keeps_them(
 def test_a_useless_draft_is_switched_off(engine, closed_form_target, tmp_path):
     draft = write_draft(tmp_path / "wrong", wrong_every=1)
     llm = engine(closed_form_target, speculative_config=speculative(draft, 4), additional_config=AUTO)
-    policy = scheduler(llm).policy
+    policy = scheduler(llm).draft_policy
     prompts = [[3, 9, 27 + i] for i in range(8)]
     for _ in range(3):
         assert token_ids(llm, prompts, GREEDY) == [greedy_text(p[-1], 48) for p in prompts]
@@ -105,7 +107,7 @@ def test_a_useless_draft_is_switched_off(engine, closed_form_target, tmp_path):
 def test_it_leaves_a_table_of_the_users_in_charge(engine, closed_form_target, closed_form_draft):
     config = speculative(closed_form_draft, 4, num_speculative_tokens_per_batch_size=[[1, 8, 2]])
     llm = engine(closed_form_target, speculative_config=config, additional_config=AUTO)
-    assert not hasattr(scheduler(llm), "policy")
+    assert not hasattr(scheduler(llm), "draft_policy")
 
 
 @pytest.mark.parametrize(

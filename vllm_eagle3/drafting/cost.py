@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import statistics
 from bisect import bisect_right
@@ -128,12 +129,16 @@ def bucket(batch: int) -> int:
 class SeenCost:
     """A CostTable times the median ratio seen lately, per (batch bucket, number of drafts).
 
-    Medians ignore outliers (a compilation, a preempted core); only the newest 15 ratios count and a cell
-    not refreshed within `max_age` observations is forgotten, so a cell that was unlucky is tried again.
-    A cell without observations takes the correction of the nearest one.
+    Medians ignore outliers (a compilation, a preempted core); a cell not refreshed within `max_age`
+    observations is forgotten, so a cell that was unlucky is tried again. A cell without observations takes
+    the correction of the nearest one. While steps of one kind follow each other, a change of their time says
+    nothing about that kind: it moves the level of all cells (contexts grow, the machine slows down).
     """
 
     MIN_SAMPLES = 3
+    WINDOW = 61  # ratios a cell remembers
+    STREAK = 31  # steps of one kind that go to their own cell; further ones move the level
+    LEVEL_GAIN, LEVEL_CLIP = 0.3, 0.5  # of the logarithm of observed over predicted
 
     def __init__(self, table: CostTable, max_age: int = 2000) -> None:
         self.table = table
@@ -142,6 +147,8 @@ class SeenCost:
         self._last: dict[tuple[int, int], int] = {}  # observation number of the newest ratio
         self._median: dict[tuple[int, int], float] = {}  # of the cells with enough ratios
         self._count = 0
+        self._level = 1.0
+        self._streak: tuple[tuple[int, int] | None, int] = (None, 0)
         self._memo: dict[tuple[int, int, int, int], float] = {}
 
     def base(self, tokens: int, rows: int, depth: int, context: float) -> float:
@@ -162,11 +169,18 @@ class SeenCost:
             raise ValueError(f"a step takes more than 0 seconds, found {seconds}")
         self._count += 1
         cell = (bucket(batch), drafts)
-        ratios = self._ratios.setdefault(cell, deque(maxlen=15))
-        ratios.append(seconds / self.base(batch * (drafts + 1), rows, depth, context))
+        ratio = seconds / self.base(batch * (drafts + 1), rows, depth, context) / self._level
+        before, length = self._streak
+        self._streak = (cell, length + 1 if cell == before else 1)
         self._last[cell] = self._count
-        if len(ratios) >= self.MIN_SAMPLES:
-            self._median[cell] = statistics.median(ratios)
+        if self._streak[1] > self.STREAK:
+            off = math.log(ratio / self._median[cell])
+            self._level *= math.exp(self.LEVEL_GAIN * min(max(off, -self.LEVEL_CLIP), self.LEVEL_CLIP))
+        else:
+            ratios = self._ratios.setdefault(cell, deque(maxlen=self.WINDOW))
+            ratios.append(ratio)
+            if len(ratios) >= self.MIN_SAMPLES:
+                self._median[cell] = statistics.median(ratios)
         for old in [c for c, last in self._last.items() if self._count - last > self.max_age]:
             del self._ratios[old], self._last[old]
             self._median.pop(old, None)
@@ -177,19 +191,21 @@ class SeenCost:
 
     def correction(self, batch: int, drafts: int) -> float:
         """Observed over predicted time: own cell, else the nearest in batch, then in drafts, else 1."""
+        if not self._median:
+            return self._level
         here = bucket(batch)
         own = self._median.get((here, drafts))
-        if own is not None or not self._median:
-            return own or 1.0
-        return self._median[min(self._median, key=lambda c: (abs(c[0] - here), abs(c[1] - drafts)))]
+        if own is None:
+            own = self._median[min(self._median, key=lambda c: (abs(c[0] - here), abs(c[1] - drafts)))]
+        return own * self._level
 
     def to_json(self) -> dict[str, float]:
         """Corrections as {"bucket,drafts": ratio}."""
-        return {f"{b},{k}": ratio for (b, k), ratio in self._median.items()}
+        return {f"{b},{k}": ratio * self._level for (b, k), ratio in self._median.items()}
 
     def from_json(self, seen: Mapping[str, float]) -> None:
         """Start from corrections saved earlier; fresh observations replace them."""
         for name, ratio in seen.items():
             b, k = (int(part) for part in name.split(","))
-            self._ratios[b, k] = deque([ratio] * self.MIN_SAMPLES, maxlen=15)
+            self._ratios[b, k] = deque([ratio] * self.MIN_SAMPLES, maxlen=self.WINDOW)
             self._last[b, k], self._median[b, k] = 0, ratio

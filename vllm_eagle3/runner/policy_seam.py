@@ -1,0 +1,230 @@
+"""The cost policy inside vLLM: a scheduler class that asks it for the number of drafts of every step.
+
+vLLM's scheduler looks the number of drafts up by batch size (`dynamic_sd_lookup`) and sends it to the workers
+with the step. Here that lookup is the policy. Acceptance and step times are seen in the same process, in
+`update_from_output`, so no statistics travel. See docs/policy.md.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm import __version__ as vllm_version
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from vllm_eagle3.config import Eagle3Options
+from vllm_eagle3.drafting.cost import CostKey, CostTable
+from vllm_eagle3.drafting.policy import NOTHING, Policy, Shape, chains
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
+
+logger = logging.getLogger("vllm.eagle3")
+
+SCHEDULER = f"{__name__}.build_scheduler"
+GPU_LENGTHS = (1, 2, 3, 5, 7, 11, 15)  # chains with CUDA graphs of their own, besides the longest
+TREE_SHARES = (0.25, 0.5, 1.0)  # of the tree's nodes
+
+
+def install(vllm_config: VllmConfig, options: Eagle3Options) -> bool:
+    """Put the policy in charge of `vllm_config`. Idempotent. Returns whether it is.
+
+    To be called before vLLM derives its CUDA graph sizes from the config (at the start of
+    `VllmConfig.__post_init__`), in the process that builds the config. Where something else already decides
+    the number of drafts, it is left in charge, with a warning.
+    """
+    spec = vllm_config.speculative_config
+    if options.policy != "auto" or spec is None or spec.method != "eagle3":
+        return False
+    scheduler = vllm_config.scheduler_config
+    if scheduler.scheduler_cls == SCHEDULER:
+        return True
+    reason = None
+    if spec.num_speculative_tokens_per_batch_size is not None:
+        reason = "num_speculative_tokens_per_batch_size is given"
+    elif scheduler.scheduler_cls is not None:
+        reason = f"scheduler_cls is {scheduler.scheduler_cls!r}"
+    elif getattr(spec, "enable_adaptive_verification", False):
+        reason = "enable_adaptive_verification is on"
+    elif vllm_config.parallel_config.data_parallel_size > 1:
+        reason = "data-parallel ranks must draft equally much"
+    if reason is not None:
+        logger.warning("vllm-eagle3: policy 'auto' is off, the number of drafts is fixed: %s", reason)
+        return False
+    scheduler.scheduler_cls = SCHEDULER
+    on_cpu = vllm_config.device_config.device_type == "cpu"
+    sizes = _sizes(spec.num_speculative_tokens, options, every=on_cpu)
+    # One range a size: the runner captures graphs for exactly these, the scheduler reads them as choices.
+    # The widest batch goes with the most drafts, because the range of sizes captured follows from it.
+    spec.num_speculative_tokens_per_batch_size = [
+        (i, i if size != sizes[-1] else max(i, scheduler.max_num_seqs), size)
+        for i, size in enumerate(sizes, 1)
+    ]
+    return True
+
+
+def _sizes(most: int, options: Eagle3Options, every: bool) -> list[int]:
+    """Numbers of drafts a request that the policy may choose, 0 first, `most` last."""
+    if options.tree is not None:
+        return sorted({0, *(max(round(share * most), 1) for share in TREE_SHARES)})
+    return sorted({0, most, *(k for k in (range(most) if every else GPU_LENGTHS) if k < most)})
+
+
+def build_scheduler(vllm_config: VllmConfig, **kwargs: Any) -> Scheduler:
+    """vLLM's scheduler, asynchronous where configured, with the policy; a value of `scheduler_cls`."""
+    cls = AsyncPolicyScheduler if vllm_config.scheduler_config.async_scheduling else PolicyScheduler
+    return cls(vllm_config=vllm_config, **kwargs)
+
+
+def build_policy(vllm_config: VllmConfig) -> tuple[Policy, CostKey]:
+    """The policy of a config prepared by `install`, with the cost table of earlier runs if there is one."""
+    spec = vllm_config.speculative_config
+    assert spec is not None and spec.num_speculative_tokens_per_batch_size is not None, (
+        "install was not called"
+    )
+    options = Eagle3Options.from_additional_config(vllm_config.additional_config)  # type: ignore[arg-type]
+    sizes = sorted({size for _, _, size in spec.num_speculative_tokens_per_batch_size})
+    tree = options.tree
+    shapes = chains(sizes) if tree is None else [
+        Shape(n, min(tree.depth, n), tree.topk) if n else NOTHING for n in sizes
+    ]  # fmt: skip
+    key = cost_key(vllm_config)
+    try:
+        table, seen = CostTable.load(key.path(), key)
+    except FileNotFoundError:
+        table, seen = CostTable.guess(), {}
+    policy = Policy(table, shapes)
+    policy.cost.from_json(seen)
+    return policy, key
+
+
+def cost_key(vllm_config: VllmConfig) -> CostKey:
+    """What a cost table of this engine depends on."""
+    model, spec = vllm_config.model_config, vllm_config.speculative_config
+    assert spec is not None and spec.draft_model_config is not None
+    device = vllm_config.device_config.device_type
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{device} {torch.get_num_threads()} threads"
+    parallel, graphs = vllm_config.parallel_config, vllm_config.compilation_config.cudagraph_mode
+    parts = (
+        f"vllm {vllm_version}",
+        f"{model.dtype}",
+        f"tp{parallel.tensor_parallel_size}",
+        f"pp{parallel.pipeline_parallel_size}",
+        f"graphs {graphs.name if graphs is not None else None}",
+        f"eager {model.enforce_eager}",
+        f"options {vllm_config.additional_config}",
+    )
+    return CostKey(str(model.model), str(spec.draft_model_config.model), name, ", ".join(parts))
+
+
+class _Lookup:
+    """Stands where vLLM keeps its table of drafts by batch size."""
+
+    def __init__(self, scheduler: PolicyMixin) -> None:
+        self.scheduler = scheduler
+
+    def __getitem__(self, batch: int) -> int:
+        return self.scheduler.choose(batch)
+
+
+class PolicyMixin(Scheduler):
+    """What the policy adds to either scheduler."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.draft_policy, self._cost_key = build_policy(self.vllm_config)
+        self._shape = NOTHING
+        self._lengths: dict[str, int] = {}  # drafts to verify next, where fewer than drafted
+        self._last_update: float | None = None  # None: the engine was idle since
+        # Requests that verify different numbers of drafts don't fit the full graphs of uniform batches.
+        self._ragged = not self.vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
+        self.dynamic_sd_lookup = _Lookup(self)  # type: ignore[assignment]
+
+    def choose(self, batch: int) -> int:
+        """Drafts a request in the step being scheduled; called by `schedule` in place of vLLM's table."""
+        self._shape = self.draft_policy.choose(batch, self._context())
+        return self._shape.nodes
+
+    def _context(self) -> float:
+        return sum(r.num_computed_tokens for r in self.running) / max(len(self.running), 1)
+
+    def _cut(self, requests: list[str]) -> dict[str, int]:
+        """How many of the drafts of this step each request will verify, where not all of them."""
+        if not (self._ragged or self.draft_policy.probing) or self._shape == NOTHING:
+            return {}
+        lengths = self.draft_policy.lengths(requests, self._shape, self._context())
+        return {r: k for r, k in zip(requests, lengths, strict=True) if k < self._shape.nodes}
+
+    def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
+        """Synchronous scheduling: keep of each request's drafts what is worth verifying."""
+        cut = self._cut(draft_token_ids.req_ids)
+        for request, ids in zip(draft_token_ids.req_ids, draft_token_ids.draft_token_ids, strict=True):
+            del ids[cut.get(request, len(ids)) :]
+        super().update_draft_token_ids(draft_token_ids)
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, Any]:
+        """Learn from the step, then let vLLM handle it."""
+        now = time.perf_counter()
+        self._observe_acceptance(scheduler_output, model_runner_output)
+        if self._last_update is not None:
+            self._observe_seconds(scheduler_output, now - self._last_update)
+        for request in scheduler_output.finished_req_ids:
+            self.draft_policy.forget(request)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        self._last_update = now if self.running else None
+        return outputs
+
+    def _observe_acceptance(self, step: SchedulerOutput, output: ModelRunnerOutput) -> None:
+        invalid = step.num_invalid_spec_tokens or {}
+        results = {}
+        for request, drafts in step.scheduled_spec_decode_tokens.items():
+            index = output.req_id_to_index.get(request)
+            sampled = (
+                output.sampled_token_ids[index] if output.sampled_token_ids and index is not None else ()
+            )
+            if len(sampled):
+                results[request] = (len(drafts) - invalid.get(request, 0), len(sampled) - 1)
+        self.draft_policy.observe_accepted(results)
+
+    def _observe_seconds(self, step: SchedulerOutput, seconds: float) -> None:
+        """Steps count that only decode and verify as many drafts, of every request, as they draft."""
+        drafts = step.num_spec_tokens_to_schedule
+        width = drafts + 1
+        if step.scheduled_new_reqs or not step.num_scheduled_tokens:
+            return
+        batch = len(step.num_scheduled_tokens)
+        if all(n == width for n in step.num_scheduled_tokens.values()) and (
+            drafts == 0 or len(step.scheduled_spec_decode_tokens) == batch
+        ):
+            self.draft_policy.observe_seconds(
+                len(step.num_scheduled_tokens), drafts, self._context(), seconds
+            )
+
+    def shutdown(self) -> None:
+        """Keep what was learned about cost for the next start."""
+        path = self._cost_key.path()
+        self.draft_policy.cost.table.save(path, self._cost_key, self.draft_policy.cost.to_json())
+        super().shutdown()
+
+
+class PolicyScheduler(PolicyMixin):
+    """vLLM's synchronous scheduler with the policy."""
+
+
+class AsyncPolicyScheduler(PolicyMixin, AsyncScheduler):
+    """vLLM's asynchronous scheduler with the policy: drafts are placeholders, cut before they are known."""
+
+    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        super()._update_after_schedule(scheduler_output)
+        cut = self._cut(list(scheduler_output.num_scheduled_tokens))
+        for request, length in cut.items():
+            drafts = self.requests[request].spec_token_ids
+            self.requests[request].spec_token_ids = drafts[:length]
