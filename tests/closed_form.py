@@ -1,8 +1,8 @@
 """A target whose text is known in closed form, and EAGLE-3 drafts whose mistakes are known too.
 
-Target: the next token is `(5 t + 7) mod 512` with a logit gap of `scale`, whatever the prompt, batch shape, dtype
-or runner. Draft: computes the same from the embedding of its input token alone (any prefix, any temperature),
-except where it is told to be wrong.
+Target: the next token is `(5 t + 7) mod 512` with a logit gap of `scale`, whatever the prompt, batch shape,
+dtype or runner. Draft: computes the same from the embedding of its input token alone (any prefix, any
+temperature), except where it is told to be wrong.
 """
 
 import json
@@ -75,7 +75,9 @@ def _config(heads: int, kv_heads: int, **extra: object) -> dict[str, object]:
 def _save(folder: Path, config: dict[str, object], weights: dict[str, torch.Tensor]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=1))
-    save_file({k: w.to(torch.bfloat16).contiguous() for k, w in weights.items()}, folder / "model.safetensors")
+    save_file(
+        {k: w.to(torch.bfloat16).contiguous() for k, w in weights.items()}, folder / "model.safetensors"
+    )
     return folder
 
 
@@ -115,11 +117,12 @@ def write_target(folder: Path, scale: float = 20.0) -> Path:
 def write_draft(folder: Path, wrong_every: int = 5, scale: float = 20.0, second_best: float = 0.0) -> Path:
     """EAGLE-3 draft checkpoint (vLLM's own dialect, top-level after-k aux ids, no d2t).
 
-    Where the true next token is a multiple of `wrong_every` (0 = never) the draft's first choice is that token
-    plus one. `second_best` in (0, 1) leaves the true token as the second choice there, at that share of the logit.
-    How: constant q and k make each row attend to itself only (RoPE lowers every other score); the value is
-    onehot(token) minus the normed input state, which cancels the residual, so that the layer holds
-    amplitude * onehot(token) whatever state came in; the MLP (silu(x) x = x^2 up there) moves that to the successor.
+    Where the true next token is a multiple of `wrong_every` (0 = never) the draft's first choice is that
+    token plus one. `second_best` in (0, 1) leaves the true token as the second choice there, at that share of
+    the logit. How: constant q and k make each row attend to itself only (RoPE lowers every other score); the
+    value is onehot(token) minus the normed input state, which cancels the residual, so that the layer holds
+    amplitude * onehot(token) whatever state came in; the MLP (silu(x) x = x^2 up there) moves that to the
+    successor.
     """
     amplitude, query = 64.0, 14.0
     heads = HIDDEN // HEAD_DIM

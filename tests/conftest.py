@@ -1,4 +1,6 @@
-"""Fixtures of all tests. `tests/v2` needs Model Runner V2 and a process of its own: see tests/v2/conftest.py."""
+"""Fixtures of all tests. `tests/v2` needs Model Runner V2 and a process of its own: see
+tests/v2/conftest.py.
+"""
 
 import os
 import sys

@@ -1,4 +1,6 @@
-"""The tree grown from scripted draft distributions against a literal reference, ties included (about 15 s)."""
+"""The tree grown from scripted draft distributions against a literal reference, ties included (about 15
+s).
+"""
 
 import numpy as np
 import pytest
@@ -54,7 +56,9 @@ def grown_tree(firsts, depth, topk, nodes, tied, chain):
     frontier = expansion.grow(*children())
     for _ in range(depth - 1):
         pairs = zip(paths, frontier.parents.tolist(), frontier.tokens.tolist(), strict=True)
-        paths = [[[*old[p], t] for p, t in zip(parents, tokens, strict=True)] for old, parents, tokens in pairs]
+        paths = [
+            [[*old[p], t] for p, t in zip(parents, tokens, strict=True)] for old, parents, tokens in pairs
+        ]
         frontier = expansion.grow(*children())
     return expansion.rerank(nodes)
 
@@ -74,7 +78,7 @@ def test_tree_equals_literal_reference(firsts, depth, topk, nodes, tied, seed):
     for row, first in enumerate(firsts):
         expected = reference_tree(first, depth, topk, nodes, tied, chain[row])
         used = len(expected)
-        found = list(zip(tree.tokens[row].tolist(), tree.parents[row].tolist(), tree.scores[row].tolist(), strict=True))
+        found = list(zip(*(column[row].tolist() for column in tree), strict=True))
         assert found[:used] == [(t, p, float(s)) for t, p, s in expected]
         assert all(rest == (0, -1, float("-inf")) for rest in found[used:])
         # Connected, and in topological order: each parent is the root or an earlier node.

@@ -1,12 +1,13 @@
-"""Tree attention in torch: masks against literal matrices, outputs against dense attention in float64 (2
-s).
+"""Tree attention: masks against literal matrices, outputs against dense attention in float64. About 20 s
+interpreted.
 """
+
+from __future__ import annotations
 
 import pytest
 import torch
-from vllm_eagle3.kernels import ancestor_bits
-
-from vllm_eagle3.verification.attention import TreeMask, tree_attention, visible_keys
+from vllm_eagle3.kernels import ancestor_bits, tree_attention
+from vllm_eagle3.kernels.tree_attention import visible_keys
 
 PARENTS = torch.tensor([[-1, 0, 0, 1, 1, 2]])
 
@@ -29,47 +30,55 @@ def test_mask_of_a_hand_drawn_tree():
     assert windowed.int()[:, :2].tolist() == [[1, 1], [0, 1], [0, 1], [0, 0], [0, 0], [0, 0]]
 
 
-def random_batch(prefixes, nodes, kv_heads, heads, dim=8, block=16, seed=0):
-    """Requests with a tree of `nodes` rows after `prefixes` cached tokens each; None is a prefill of 5
-    rows.
+def random_batch(prefixes, nodes, kv_heads, heads, device="cpu", dim=8, block=16, dtype=torch.float32):
+    """Arguments for requests with a tree of `nodes` rows after each prefix; None is a prefill of 5 rows.
+
+    Cache rows past a request's last hold NaN.
     """
-    torch.manual_seed(seed)
+    torch.manual_seed(nodes)
     starts, lens, root, bits, positions = [0], [], [], [], []
     for prefix in prefixes:
         if prefix is None:
             rows, start = 5, 3
-            position = torch.arange(start, start + rows)
-            root, bits, positions = (
-                root + [position],
-                bits + [torch.ones(rows).long()],
-                positions + [position],
-            )
+            root += range(start, start + rows)
+            positions += range(start, start + rows)
+            bits += [1] * rows
         else:
             rows, start = nodes, prefix
             parents = torch.tensor([[-1, *(int(torch.randint(0, i, ())) for i in range(1, nodes))]])
             depth, word = ancestor_bits(parents)
-            root = root + [torch.full((nodes,), prefix)]
-            bits, positions = bits + [word[0]], positions + [prefix + depth[0].long()]
+            root += [prefix] * nodes
+            bits += word[0].tolist()
+            positions += (prefix + depth[0]).tolist()
         starts.append(starts[-1] + rows)
         lens.append(start + rows)
-    most = max(lens)
-    blocks = -(-most // block)
+    blocks = -(-max(lens) // block)
     cache = torch.randn(blocks * len(prefixes) + 3, kv_heads, block, 2 * dim)
     table = torch.randperm(len(cache))[: blocks * len(prefixes)].view(len(prefixes), blocks).int()
+    for row, length in zip(table, lens, strict=True):
+        for slot in range(length, blocks * block):
+            cache[row[slot // block].long(), :, slot % block] = float("nan")
     query = torch.randn(starts[-1], heads, dim)
-    mask = TreeMask(*(torch.cat(parts) for parts in (root, bits, positions)))
-    return query, cache, table, torch.tensor(starts), torch.tensor(lens), mask
+    tensors = [query.to(dtype), cache.to(dtype), table]
+    tensors += [
+        torch.tensor(starts).int(),
+        torch.tensor(lens).int(),
+        *map(torch.tensor, (root, bits, positions)),
+    ]
+    return [t.to(device) for t in tensors]
 
 
-def dense(query, cache, table, starts, lens, mask, scale, window=0, softcap=0.0, sinks=None):
+def dense(
+    query, cache, table, starts, lens, roots, words, positions, scale, window=0, softcap=0.0, sinks=None
+):
     """Row by row in float64."""
     heads, dim = query.shape[1:]
     kv_heads = cache.shape[1]
     out = torch.zeros(query.shape, dtype=torch.float64)
     for r in range(len(lens)):
-        rows = cache[table[r].long()].transpose(0, 1).reshape(kv_heads, -1, 2 * dim).double()
+        rows = cache[table[r].long()].transpose(0, 1).reshape(kv_heads, -1, 2 * dim).double().cpu()
         for row in range(int(starts[r]), int(starts[r + 1])):
-            root, bits, position = int(mask.root[row]), int(mask.bits[row]), int(mask.positions[row])
+            root, bits, position = int(roots[row]), int(words[row]), int(positions[row])
             seen = [
                 k
                 for k in range(int(lens[r]))
@@ -78,36 +87,68 @@ def dense(query, cache, table, starts, lens, mask, scale, window=0, softcap=0.0,
             ]
             for h in range(heads):
                 kv = rows[h * kv_heads // heads][seen]
-                scores = kv[:, :dim] @ query[row, h].double() * scale
+                scores = kv[:, :dim] @ query[row, h].double().cpu() * scale
                 if softcap:
                     scores = softcap * torch.tanh(scores / softcap)
                 if sinks is not None:
-                    scores = torch.cat([scores, sinks[h : h + 1].double()])
+                    scores = torch.cat([scores, sinks[h : h + 1].double().cpu()])
                 out[row, h] = scores.softmax(0)[: len(seen)] @ kv[:, dim:]
     return out
 
 
+def run(batch, backend, splits=None, **options):
+    rows = int(batch[3].diff().max())
+    return tree_attention(*batch, max_query_len=rows, scale=0.35, splits=splits, backend=backend, **options)
+
+
+@pytest.mark.parametrize("backend,splits", [("torch", None), ("triton", 1), ("triton", 3)])
 @pytest.mark.parametrize("heads,kv_heads", [(2, 2), (6, 2), (3, 1)])
 @pytest.mark.parametrize(
-    "prefixes,nodes", [([0, 1], 1), ([15, None, 16], 9), ([17, 0, 31, None], 33), ([40], 63)]
+    "prefixes,nodes", [([0, 1], 1), ([15, None, 16], 9), ([17, 0, 31, None], 33), ([150], 63)]
 )
-def test_against_dense_attention(heads, kv_heads, prefixes, nodes):
-    batch = random_batch(prefixes, nodes, kv_heads, heads)
-    out = tree_attention(*batch, 0.35)
-    torch.testing.assert_close(out.double(), dense(*batch, 0.35), atol=1e-5, rtol=1e-5)
+def test_against_dense_attention(device, backend, splits, heads, kv_heads, prefixes, nodes):
+    batch = random_batch(prefixes, nodes, kv_heads, heads, device)
+    out = run(batch, backend, splits)
+    torch.testing.assert_close(out.double().cpu(), dense(*batch, 0.35), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("backend,splits", [("torch", None), ("triton", 1), ("triton", 2)])
 @pytest.mark.parametrize(
     "options", [{"window": 20}, {"softcap": 3.0}, {"sinks": torch.tensor([0.5, -1.0, 2.0, 0.0])}]
 )
-def test_variants(options):
-    batch = random_batch([37, None, 16], 9, 2, 4)
-    out = tree_attention(*batch, 0.35, **options)
-    torch.testing.assert_close(out.double(), dense(*batch, 0.35, **options), atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(out, tree_attention(*batch, 0.35), atol=1e-3)
+def test_variants(device, backend, splits, options):
+    batch = random_batch([37, None, 90], 9, 2, 4, device)
+    moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    out = run(batch, backend, splits, **moved)
+    torch.testing.assert_close(out.double().cpu(), dense(*batch, 0.35, **options), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(out, run(batch, backend, splits), atol=1e-3)
 
 
-def test_padding_rows_stay_zero():
-    query, cache, table, starts, lens, mask = random_batch([5, 7], 4, 2, 2)
-    out = tree_attention(query, cache, table, torch.tensor([0, 4, 4]), torch.tensor([9, 0]), mask, 0.3)
-    assert (out[4:] == 0).all()
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_head_size_and_dtype(device, backend):
+    """A head size that is no power of two, bf16, cache in the layout with heads inside a block's rows."""
+    batch = random_batch([33, None], 7, 1, 2, device, dim=24, dtype=torch.bfloat16)
+    expected = dense(*batch, 0.35)
+    batch[1] = batch[1].transpose(1, 2).contiguous().transpose(1, 2)
+    out = run(batch, backend, 2)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.double().cpu(), expected, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_scaled_cache(device, backend):
+    batch = random_batch([33, None], 7, 2, 2, device)
+    scales = (torch.tensor([0.5], device=device), torch.tensor([3.0], device=device))
+    out = run(batch, backend, 2, kv_scales=scales)
+    batch[1] = batch[1] * torch.tensor([0.5] * 8 + [3.0] * 8, device=device)
+    torch.testing.assert_close(out, run(batch, backend, 2), atol=1e-5, rtol=1e-5)
+
+
+def test_what_does_not_fit_is_refused(device):
+    batch = random_batch([5, 7], 4, 2, 2, device)
+    with pytest.raises(ValueError, match="kv_heads dividing 3"):
+        run([batch[0].repeat(1, 2, 1)[:, :3], *batch[1:]], "torch")
+    with pytest.raises(ValueError, match="bits must be int64"):
+        run([*batch[:6], batch[6].int(), batch[7]], "torch")
+    with pytest.raises(ValueError, match="kv_scales"):
+        run([batch[0], batch[1].half(), *batch[2:]], "torch")

@@ -1,4 +1,6 @@
-"""Model Runner V2 under Triton's interpreter: closed-form text, plain and speculative; spawned engine core (60 s)."""
+"""Model Runner V2 under Triton's interpreter: closed-form text, plain and speculative; spawned engine core
+(60 s).
+"""
 
 import os
 import subprocess
@@ -36,7 +38,9 @@ def test_acceptance_is_as_predicted(engine, closed_form_target, closed_form_draf
 
 @pytest.mark.slow
 def test_spawned_engine_core(closed_form_target):
-    """The platform plugin alone installs the interpreter: in the main process and in a spawned engine core."""
+    """The platform plugin alone installs the interpreter: in the main process and in a spawned engine
+    core.
+    """
     code = f"""
 if __name__ == "__main__":
     from vllm import LLM, SamplingParams
@@ -44,7 +48,8 @@ if __name__ == "__main__":
               max_num_seqs=2, skip_tokenizer_init=True)
     assert llm.llm_engine.vllm_config.use_v2_model_runner
     sp = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, detokenize=False)
-    print("IDS", list(llm.generate([dict(prompt_token_ids=[3, 9, 27])], sp, use_tqdm=False)[0].outputs[0].token_ids))
+    print("IDS", list(llm.generate([dict(prompt_token_ids=[3, 9, 27])], sp,
+    use_tqdm=False)[0].outputs[0].token_ids))
 """
     env = os.environ | {
         "VLLM_EAGLE3_INTERPRET": "1",

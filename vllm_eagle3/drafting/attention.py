@@ -16,10 +16,10 @@ def path_attention(
 ) -> torch.Tensor:
     """Each node attends the whole prefix of its request, and its ancestors and itself; nothing else.
 
-    query: `[batch, nodes, heads, head_dim]`; kv_cache: `[blocks, kv_heads, block_size, 2 * head_dim]` (keys, then
-    values); block_table: int `[batch, max_blocks]`; prefix_lens: int `[batch]`, at most max_prefix_len (a bound
-    that the host knows); path_keys, path_values: `[batch, nodes, length, kv_heads, head_dim]`, ancestors in order
-    of depth with the node itself last; window: sliding window in tokens, 0 for none.
+    query: `[batch, nodes, heads, head_dim]`; kv_cache: `[blocks, kv_heads, block_size, 2 * head_dim]` (keys,
+    then values); block_table: int `[batch, max_blocks]`; prefix_lens: int `[batch]`, at most max_prefix_len
+    (a bound that the host knows); path_keys, path_values: `[batch, nodes, length, kv_heads, head_dim]`,
+    ancestors in order of depth with the node itself last; window: sliding window in tokens, 0 for none.
     Returns `[batch, nodes, heads, head_dim]` in query's dtype; softmax in float32.
     """
     batch, nodes, heads, head_dim = query.shape

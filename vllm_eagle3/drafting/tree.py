@@ -17,10 +17,11 @@ def candidates(depth: int, topk: int) -> int:
 
 
 def top_k(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k largest of the last dimension, equal values in ascending order of index (`torch.topk` leaves that open).
+    """The k largest of the last dimension, equal values in ascending order of index (`torch.topk` leaves that
+    open).
 
-    values: `[..., n]` without NaN, any float dtype. Returns values (float32) and int64 indices, both `[..., k]`.
-    A float's bits order like a sign-magnitude integer; with the index below them each key is unique.
+    values: `[..., n]` without NaN, any float dtype. Returns values (float32) and int64 indices, both `[...,
+    k]`. A float's bits order like a sign-magnitude integer; with the index below them each key is unique.
     """
     floats = values.float() + 0.0  # -0.0 becomes 0.0
     bits = floats.contiguous().view(torch.int32).long()
@@ -33,7 +34,8 @@ def top_k(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def top_children(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k likeliest tokens of each row of draft logits `[..., draft_vocab]`: log-probabilities and ids `[..., k]`.
+    """The k likeliest tokens of each row of draft logits `[..., draft_vocab]`: log-probabilities and ids
+    `[..., k]`.
 
     Whatever is not finite counts as UNLIKELY, so that a broken draft makes bad trees and nothing worse.
     """
@@ -67,8 +69,10 @@ class Expansion:
     """Scores candidates level by level. A candidate's score is the sum of log-probabilities along its path.
 
     1. The root's topk children are the first level; all of them are expanded.
-    2. Each expanded node has topk children. The topk best of that level's topk^2 candidates are expanded next.
-    3. At the end the `nodes` best candidates of all levels are kept. A child never scores above its parent and is
+    2. Each expanded node has topk children. The topk best of that level's topk^2 candidates are expanded
+    next.
+    3. At the end the `nodes` best candidates of all levels are kept. A child never scores above its parent
+    and is
        listed after it, so with ties going to the lower index the kept ones are connected.
 
     Requests in `chain` (bool `[batch]`) keep only the greedy path: everything else scores -inf.

