@@ -198,8 +198,9 @@ def pack_keys(logits: Tensor, ids: Tensor) -> Tensor:
     """int64 keys ordered by (logit, then lower id), from fp32 logits and integer ids; twin of
     `_pack_keys`."""
     bits = torch.where(logits.isnan(), 0x7FC00000, (logits + 0.0).view(torch.int32))
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return (ordered.to(torch.int64) << 32) | (0x7FFFFFFF - ids.to(torch.int64))
+    bits ^= (bits >> 31).bitwise_and_(0x7FFFFFFF)
+    keys = bits.to(torch.int64).bitwise_left_shift_(32)
+    return keys.bitwise_or_(0x7FFFFFFF - ids.to(torch.int64))
 
 
 def unpack_keys(keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -279,8 +280,8 @@ def _merge(keys: Tensor, lse: Tensor, k: int, d2t: Tensor | None) -> HeadTopK:
         block = min(max(next_power_of_2(keys.shape[1]), 128), 4096)
         _merge_kernel[(n,)](
             keys.contiguous(), lse.contiguous(), d2t, 0 if d2t is None else d2t.shape[0],
-            ids, draft_ids, logits, out_lse, keys.shape[1], lse.shape[1], K=k, HAS_D2T=d2t is not None, BLOCK=block,
-            num_warps=4 if block < 4096 else 8,
+            ids, draft_ids, logits, out_lse, keys.shape[1], lse.shape[1], K=k, HAS_D2T=d2t is not None,
+            BLOCK=block, num_warps=4 if block < 4096 else 8,
         )  # fmt: skip
     return HeadTopK(ids, draft_ids, logits, out_lse)
 
