@@ -54,8 +54,6 @@ def activate(vllm_config: VllmConfig) -> DraftConfig | None:
         return None
     if speculative.parallel_drafting:
         return _leave("parallel_drafting is set")
-    if speculative.use_heterogeneous_vocab:
-        return _leave("use_heterogeneous_vocab is set")
     config = draft_config(vllm_config)
     if config.unsupported_reason is not None:
         return _leave(config.unsupported_reason)

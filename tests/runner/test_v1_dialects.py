@@ -1,0 +1,71 @@
+"""The same weights in each dialect draft the same tokens, and those that vLLM's own layer drafts (100 s)."""
+
+import pytest
+from dialects import DIALECTS, Dims, draft_tensors, write_dialect
+from engines import speculative, token_ids
+from random_llama import write_target
+from vllm import SamplingParams
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, detokenize=False)
+PROMPTS = [[(31 * i + 7 * j) % 512 for j in range(5 + 9 * i)] for i in range(3)]
+AUX = (1, 2, 4)
+SIZES = {
+    "hidden": 128,
+    "target_hidden": 128,
+    "heads": 4,
+    "kv_heads": 2,
+    "head_dim": 32,
+    "intermediate": 256,
+    "vocab": 512,
+    "draft_vocab": 200,
+    "target_layers": 4,
+    "max_position": 64,  # shorter than the engine's max_model_len
+}
+
+
+def drafts(llm, direct=True):
+    """All drafts of a run, in order."""
+    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    drafter = worker.model_runner.drafter
+    drafter.direct = direct
+    seen, propose = [], drafter.propose
+
+    def record(*args, **kwargs):
+        ids = propose(*args, **kwargs)
+        seen.append(ids.tolist())
+        return ids
+
+    drafter.propose = record
+    text = token_ids(llm, PROMPTS, GREEDY)
+    drafter.propose = propose
+    return text, seen
+
+
+@pytest.mark.parametrize(
+    ("model_type", "flags"),
+    [
+        ("llama", {"norm_before_residual": True, "fc_norm": True, "norm_output": True}),
+        ("qwen3", {"norm_before_residual": False, "norm_before_fc": True}),
+    ],
+)
+def test_dialects_draft_the_same(engine, tmp_path, model_type, flags):
+    dims = Dims(**SIZES, model_type=model_type)
+    weights = {name: flags.get(name, False) for name in ("norm_before_fc", "fc_norm")}
+    tensors = draft_tensors(dims, **weights)
+    target = write_target(tmp_path / "target")
+    plain = token_ids(engine(target), PROMPTS, GREEDY)
+    found = {}
+    for dialect in DIALECTS:
+        architectures = {"architectures": ["Eagle3Qwen3ForCausalLM"]}
+        config = architectures if model_type == "qwen3" and dialect != "speculators" else None
+        draft = write_dialect(
+            tmp_path / dialect, dialect, tensors, dims, aux_layers=AUX, config=config, **flags
+        )
+        options = {"eagle3": {"aux_layers": list(AUX)}} if dialect == "safeailab" else {}
+        llm = engine(target, speculative_config=speculative(draft, 4), additional_config=options)
+        text, found[dialect] = drafts(llm)
+        assert text == plain
+        if dialect == "modelopt":
+            llm.reset_prefix_cache()
+            assert drafts(llm, direct=False) == (plain, found[dialect])
+    assert len({str(drafted) for drafted in found.values()}) == 1
