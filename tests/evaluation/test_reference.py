@@ -33,6 +33,9 @@ def plain_draft(**options: bool) -> DraftModel:
     sizes: dict[str, Any] = dict(hidden_size=32, intermediate_size=64, head_dim=8, target_hidden_size=32)
     heads: dict[str, Any] = dict(num_attention_heads=4, num_key_value_heads=2, vocab_size=VOCAB)
     model = DraftModel(DraftConfig(**sizes, **heads, draft_vocab_size=40, aux_layers=(2, 4, 7), **options))
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            weight.data.normal_(0.0, 0.3)  # large enough for attention and positions to matter
     model.d2t.copy_(torch.arange(40) // 2)  # increasing target ids, some left out
     return model.eval()
 
@@ -82,6 +85,31 @@ def test_accepted_paths_leave_the_right_cache(target: Any, draft: DraftModel) ->
     assert sum(got.accepted) > len(got.accepted)  # the trees did help
 
 
+@torch.inference_mode()
+def test_draft_reads_the_accepted_path(target: Any, draft: DraftModel) -> None:
+    """What the draft starts from, against one pass of target and draft over the text so far."""
+    text = [*PROMPT, *greedy(target, PROMPT, 60)]
+    planting = planted(text, random.Random(3))
+    starts = []
+
+    def propose(draft: DraftModel, a: Any, kv: Any, position: int, root: int) -> Tree:
+        starts.append((a, kv, position))
+        return planting(draft, a, kv, position, root)
+
+    decode(target, draft, PROMPT, propose, 40)
+    seen: dict[int, torch.Tensor] = {}
+    for k in draft.config.aux_layers:  # the state after k layers, before any norm
+        layer = target.model.layers[k - 1]
+        layer.register_forward_hook(lambda module, args, output, k=k: seen.update({k: output[0]}))
+    for a, kv, position in starts:
+        ids = torch.tensor(text[: position + 2])
+        target(ids[None, :-1])
+        g = draft.fuse([seen[k] for k in draft.config.aux_layers])
+        a_once, kv_once = draft.layer(draft.embed(ids[1:]), g, torch.arange(position + 1))
+        torch.testing.assert_close(a, a_once[-1:], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(kv, kv_once, rtol=1e-3, atol=1e-3)
+
+
 def test_stops_at_the_stop_token(target: Any, draft: DraftModel) -> None:
     text = greedy(target, PROMPT, 30)
     stop = text[12]
@@ -90,14 +118,16 @@ def test_stops_at_the_stop_token(target: Any, draft: DraftModel) -> None:
     assert got.tokens == text[: text.index(stop) + 1]
 
 
-def test_eagle2_tree_against_brute_force(draft: DraftModel) -> None:
-    """Values recomputed along each path without the tree's mask; expansion and reranking by hand."""
-    torch.manual_seed(2)
-    depth, topk, nodes, past = 4, 3, 12, 6
+@pytest.mark.parametrize("seed", range(4))
+def test_eagle2_tree_against_brute_force(draft: DraftModel, seed: int) -> None:
+    """Values recomputed along each path without the tree's mask; expansion, reranking and chain by hand."""
+    torch.manual_seed(seed)
+    depth, topk, nodes, past = 4, 3, 12, 1
     g, tokens = torch.randn(past, 32), torch.randint(0, VOCAB, (past,))
     with torch.inference_mode():
         a, kv = draft.layer(draft.embed(tokens), g, torch.arange(past))
         tree = eagle2_tree(depth, topk, nodes)(draft, a[-1:], kv, past - 1, 33)
+        line = chain(depth)(draft, a[-1:], kv, past - 1, 33)
 
         def children(path: tuple[int, ...]) -> list[tuple[float, int]]:
             state, cache = a[-1:], kv
@@ -105,8 +135,8 @@ def test_eagle2_tree_against_brute_force(draft: DraftModel) -> None:
                 e, at = draft.embed(torch.tensor([token])), torch.tensor([past + i])
                 state, cache = draft.layer(e, draft.next_g(state), at, cache)
             logp = draft.logits(state)[0].log_softmax(-1)
-            best = logp.topk(topk)
-            return list(zip(best.values.tolist(), draft.draft_to_target(best.indices).tolist(), strict=True))
+            top = logp.topk(topk)
+            return list(zip(top.values.tolist(), draft.draft_to_target(top.indices).tolist(), strict=True))
 
         level: dict[tuple[int, ...], float] = {(): 0.0}
         found: dict[tuple[int, ...], float] = {}
@@ -114,6 +144,10 @@ def test_eagle2_tree_against_brute_force(draft: DraftModel) -> None:
             new = {(*p, t): v + logp for p, v in level.items() for logp, t in children(p)}
             found |= new
             level = dict(sorted(new.items(), key=lambda item: -item[1])[:topk])
+        best: tuple[int, ...] = ()
+        for _ in range(depth):
+            best = (*best, children(best)[0][1])
+    assert (line.tokens, line.parents) == ([33, *best], [-1, 0, 1, 2, 3])
     wanted = set(sorted(found, key=lambda path: -found[path])[:nodes])
 
     paths: list[tuple[int, ...]] = []

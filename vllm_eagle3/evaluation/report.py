@@ -53,6 +53,7 @@ def plot(results: Sequence[Row], path: Path) -> None:
         mean = next(row for row in results if row["mode"] == mode and row["task"] == "mean")
         axes[2].plot(mean["n_alpha"], marker="o", label=mode)
     axes[2].set(xlabel="n", ylabel="n-alpha, mean over tasks", ylim=(0, 1))
-    axes[0].legend()
+    axes[2].xaxis.get_major_locator().set_params(integer=True)
+    axes[2].legend()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
