@@ -111,11 +111,28 @@ LEDGER = (
         "(vllm-project/vllm#55005)",
         until="vllm-project/vllm#55005 is fixed",
     ),
+    *(
+        Patch(
+            module=module,
+            name="InputProcessor",
+            replacement="vllm_eagle3.runner.front_end:Eagle3InputProcessor",
+            seam=Seam(
+                "vllm.v1.engine.input_processor",
+                "InputProcessor.__init__",
+                "self, vllm_config, renderer, mm_registry",
+            ),
+            why="it refuses min_p and logit_bias while speculating, which the V2 runner applies rightly",
+            until="upstream refuses them on the V1 runner only",
+        )
+        for module in ("vllm.v1.engine.llm_engine", "vllm.v1.engine.async_llm")
+    ),
 )
 
 
 _PROPOSER = "vllm.v1.spec_decode.llm_base_proposer"
 _SPECULATOR = "vllm.v1.worker.gpu.spec_decode.speculator"
+_MODEL_STATE = "vllm.v1.worker.gpu.model_states.default"
+_MODEL_STATE_INTERFACE = "vllm.v1.worker.gpu.model_states.interface"
 _AUTOREGRESSIVE = "vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator"
 # Methods that this project's subclasses override or call with positional arguments.
 OVERRIDDEN = (
@@ -163,6 +180,38 @@ OVERRIDDEN = (
         ),
     ),
     Seam(_SPECULATOR, "DraftModelSpeculator.get_draft_top_tokens", "self, hidden_states, spec_step_idx"),
+    # Trees.
+    Seam(_SPECULATOR, "DraftModelSpeculator.load_model", "self, target_model"),
+    Seam(_AUTOREGRESSIVE, "TargetDependentARSpeculator.init_cudagraph_manager", "self, cudagraph_mode"),
+    Seam(_AUTOREGRESSIVE, "TargetDependentARSpeculator.capture", "self"),
+    Seam(_MODEL_STATE, "DefaultModelState.__init__", "self, vllm_config, model, encoder_cache, device"),
+    Seam(_MODEL_STATE, "DefaultModelState.add_request", "self, req_index, new_req_data"),
+    Seam(
+        _MODEL_STATE,
+        "DefaultModelState.prepare_attn",
+        "self, input_batch, cudagraph_mode, block_tables, slot_mappings, attn_groups, kv_cache_config, "
+        "for_capture, ubatch_idx, model_specific_attn_metadata",
+    ),
+    Seam(_MODEL_STATE, "DefaultModelState.prepare_inputs", "self, input_batch, req_states"),
+    Seam(_MODEL_STATE, "DefaultModelState.prepare_dummy_inputs", "self, num_reqs, num_tokens"),
+    Seam(_MODEL_STATE_INTERFACE, "ModelState.initialize_kv_cache", "self, kv_cache_config, block_tables"),
+    Seam(_MODEL_STATE_INTERFACE, "ModelState.custom_sampler", "self, sampler"),
+    Seam(
+        _MODEL_STATE_INTERFACE,
+        "ModelState.postprocess_state",
+        "self, idx_mapping, num_sampled, num_computed_tokens",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.spec_decode.rejection_sampler",
+        "RejectionSampler._verify",
+        "self, logits, draft_logits, draft_sampled, pos, cu_num_logits, idx_mapping, idx_mapping_np, "
+        "expanded_idx_mapping, expanded_local_pos, seq_lens_upper_bound_np, verify_draft_sampled",
+    ),
+    Seam(
+        "vllm.v1.attention.backends.triton_attn",
+        "TritonAttentionImpl.forward",
+        "self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale",
+    ),
 )
 
 _installed = False

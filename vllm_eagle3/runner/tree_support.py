@@ -56,15 +56,6 @@ def refuse_unsupported(vllm_config: Any, tree: TreeOptions) -> None:
         )
 
 
-def refuse_v1(tree: TreeOptions | None) -> None:
-    """Raises ValueError when a tree is asked for on the V1 runner."""
-    if tree is not None:
-        raise ValueError(
-            "draft trees need Model Runner V2 and this engine runs V1: set VLLM_USE_V2_MODEL_RUNNER=1 "
-            f"(on a CPU also VLLM_EAGLE3_INTERPRET=1), or {WAY_OUT}"
-        )
-
-
 def needs_chain(params: Any, model_config: Any) -> bool:
     """Whether a request's sampling depends on the tokens of its path.
 
