@@ -88,6 +88,57 @@ def test_one_branch_is_the_chain(models, prompts, texts, monkeypatch):
     assert chain == one_branch
 
 
+def paths_of(tokens, parents):
+    """Root-to-node paths of a tree's used nodes, whatever their order. Node i + 1 is entry i."""
+    paths = {0: ()}
+    for node, (token, parent) in enumerate(zip(tokens, parents, strict=True), 1):
+        if parent >= 0:
+            paths[node] = (*paths[parent], token)
+    return set(paths.values()) - {()}
+
+
+def test_trees_are_the_references(engine, models, prompts, texts, monkeypatch):
+    """The engine's trees against the decoder in plain transformers, at every step of the same texts."""
+    from transformers import AutoModelForCausalLM
+
+    from vllm_eagle3.evaluation.load_draft import load_draft
+    from vllm_eagle3.evaluation.reference import decode, eagle2_tree
+    from vllm_eagle3.runner.v2_tree import TreeSpeculator
+
+    grown, expected = {}, {}
+    original = TreeSpeculator._grow
+
+    def grow(self, input_batch, *args):
+        tree = original(self, input_batch, *args)
+        for b, req_id in enumerate(input_batch.req_ids):
+            key = int(req_id.split("-")[0]), int(self.input_buffers.positions[b]) + 1
+            grown[key] = paths_of(tree.tokens[b].tolist(), tree.parents[b].tolist())
+        return tree
+
+    monkeypatch.setattr(TreeSpeculator, "_grow", grow)
+    llm = engine(
+        models[0], speculative_config=speculative(models[1], 10), additional_config=tree(4, 3, 10), **SIZES
+    )
+    assert [p + t for p, t in zip(prompts, token_ids(llm, prompts, GREEDY), strict=True)] == texts
+
+    model = AutoModelForCausalLM.from_pretrained(models[0], dtype=torch.float32)
+    embeddings, head = model.get_input_embeddings().weight.data, model.lm_head.weight.data
+    draft = load_draft(models[1], models[0], torch.float32, embeddings, head)
+    for i, prompt in enumerate(prompts):
+
+        def propose(draft, a, kv, position, root, request=i):
+            found = eagle2_tree(4, 3, 10)(draft, a, kv, position, root)
+            expected[request, position + 1] = paths_of(found.tokens[1:], found.parents[1:])
+            return found
+
+        assert prompt + decode(model, draft, prompt, propose, GREEDY.max_tokens).tokens == texts[i]
+    common = expected.keys() & grown.keys()
+    assert len(common) > 80
+    assert sum(expected[key] == grown[key] for key in common) >= 0.98 * len(
+        common
+    )  # rounding may break near-ties
+
+
 @pytest.mark.parametrize("fill", [float("nan"), 0.0])
 def test_a_broken_draft_changes_nothing(engine, models, prompts, texts, tmp_path, fill):
     draft = write_draft(tmp_path / "draft", fill=fill)

@@ -103,7 +103,7 @@ def test_oracle_trees_with_preemption_chunks_and_prefix_hits(
         random_target,
         speculative_config=speculative(random_draft, 9),
         additional_config=tree_options(4, 4, 9),
-        num_gpu_blocks_override=16,
+        num_gpu_blocks_override=11,
         **SMALL_STEPS,
     )
     greedy, sampled, long = plain
