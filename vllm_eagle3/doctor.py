@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import importlib.util
+import operator
 import os
 from pathlib import Path
 from typing import Any
@@ -84,5 +85,5 @@ def _replaced(patch: Any) -> str:
     except ImportError as error:
         return f"not importable here ({error})"
     target, name = patch.replacement.split(":")
-    done = getattr(module, patch.name) is getattr(importlib.import_module(target), name)
+    done = operator.attrgetter(patch.name)(module) is getattr(importlib.import_module(target), name)
     return "replaced" if done else "NOT replaced"

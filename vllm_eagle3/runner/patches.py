@@ -59,6 +59,7 @@ class Patch:
     module: str
     """Module of vLLM in which the name is looked up."""
     name: str
+    """"name" or "Class.method"."""
     replacement: str
     """"module:attribute" of what stands in for it."""
     seam: Seam
@@ -69,7 +70,8 @@ class Patch:
 
     def apply(self, module: ModuleType) -> None:
         target, attribute = self.replacement.split(":")
-        setattr(module, self.name, getattr(importlib.import_module(target), attribute))
+        owner, _, name = self.name.rpartition(".")
+        setattr(getattr(module, owner) if owner else module, name, getattr(importlib.import_module(target), attribute))
         logger.debug("vllm-eagle3: %s.%s is now %s", self.module, self.name, self.replacement)
 
 
@@ -110,6 +112,15 @@ LEDGER = (
         why="on CPU it writes temperatures into a temporary, so sampled speculation reads uninitialised memory "
         "(vllm-project/vllm#55005)",
         until="vllm-project/vllm#55005 is fixed",
+    ),
+    Patch(
+        module="vllm.config.vllm",
+        name="VllmConfig.__post_init__",
+        replacement="vllm_eagle3.runner.config_hook:post_init",
+        seam=Seam("vllm.config.vllm", "VllmConfig.__post_init__", "self"),
+        why="options are checked at start-up, and the cost policy names its scheduler and chain lengths before vLLM "
+        "derives its CUDA graph sizes from them",
+        until="vLLM lets plugins see a config before it is settled",
     ),
     *(
         Patch(
