@@ -30,7 +30,9 @@ def tiny_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tie_word_embeddings=False,
     )
     path = tmp_path_factory.mktemp("tiny-target")
-    LlamaForCausalLM(config).float().save_pretrained(path)
+    model = LlamaForCausalLM(config).float()
+    model.lm_head.weight.data *= 4  # a target that is sure of its next token
+    model.save_pretrained(path)
     return path
 
 

@@ -148,7 +148,7 @@ def test_documents_do_not_see_one_another(target: Target) -> None:
 
 
 def test_target_distribution_is_the_one_that_predicts_the_label(target: Target) -> None:
-    """Step j of the chain at p is scored against the target's own softmax at p + j, over the draft vocabulary."""
+    """Step j of the chain at p is scored against the target's softmax at p + j, over the draft vocabulary."""
     model = draft(target)
     packed = batch(12, 9)
     ids = packed.tokens[None, :12]

@@ -57,8 +57,9 @@ class Corpus:
 
 def facts(job: TrainJob, trainer: Trainer, corpus: Corpus) -> dict[str, Any]:
     """Provenance and results, as they go into training.json."""
-    settings = asdict(trainer.settings)
-    settings |= {"target": job.target, "init": job.init, "init_from": job.init_from, "limit": job.limit}
+    settings = {k: v for k, v in asdict(trainer.settings).items() if k != "out"}
+    settings |= {"target": job.name, "init": job.init, "init_from": job.init_from and job.init_from.name}
+    settings |= {"limit": job.limit, "max_steps": trainer.max_steps}
     settings |= {"options": job.options, "aux_layers": trainer.model.config.aux_layers}
     settings["draft_vocab_size"] = trainer.model.config.draft_vocab_size
     result = trainer.last_validation
@@ -74,7 +75,6 @@ def write_card(path: Path, job: TrainJob, trainer: Trainer, corpus: Corpus) -> N
     """Write README.md and training.json into the checkpoint directory `path`."""
     found = facts(job, trainer, corpus)
     (path / "training.json").write_text(json.dumps(found, indent=2, default=str) + "\n")
-    name = Path(job.target).name
     origin, s, at = found["provenance"], trainer.settings, trainer.at
     lines = [
         "---",
@@ -82,13 +82,14 @@ def write_card(path: Path, job: TrainJob, trainer: Trainer, corpus: Corpus) -> N
         f"license: {job.licence}",
         "tags: [eagle3, speculative-decoding]",
         "---",
-        f"# EAGLE-3 draft for {name}",
+        f"# EAGLE-3 draft for {job.name}",
         "",
-        f"A one-layer draft that proposes tokens for {name} to verify. It changes the speed of the target,",
-        "not its output. Flat SafeAILab/SpecForge form: the embeddings are the target's and are not shipped.",
+        f"A one-layer draft that proposes tokens for {job.name} to verify. It changes the speed of the",
+        "target, not its output. Flat SafeAILab/SpecForge form: the embeddings are the target's, and are not",
+        "shipped.",
         "",
         "## Training",
-        f"- {corpus.sentence()}.",
+        f"- Data: {corpus.sentence()}.",
         f"- Answers are the target's own, at temperatures (documents each): {pairs(corpus.temperatures)}.",
         f"- {at.step:,} optimiser steps over {at.tokens:,} answer tokens (epoch {at.epoch + 1}), "
         f"each token in up to {s.loss.steps} simulated steps.",
@@ -96,7 +97,7 @@ def write_card(path: Path, job: TrainJob, trainer: Trainer, corpus: Corpus) -> N
         f"clip {s.clip:g}, {s.batch_tokens * s.accumulate * trainer.world:,} tokens a step, seed {s.seed}.",
         f"- Aux layers (states after k layers) {trainer.model.config.aux_layers}; draft vocabulary "
         f"{trainer.model.config.draft_vocab_size:,}; options {pairs(job.options) or 'none'}.",
-        f"- Sources (documents each): {pairs(corpus.sources)}.",
+        *source_lines(corpus.sources, job.source_licences),
         "",
         "## Validation",
         *validation_lines(found["validation"], corpus.validation_documents),
@@ -110,6 +111,13 @@ def write_card(path: Path, job: TrainJob, trainer: Trainer, corpus: Corpus) -> N
         "All settings and figures: `training.json`.",
     ]
     (path / "README.md").write_text("\n".join(lines) + "\n")
+
+
+def source_lines(sources: dict[str, int], licences: dict[str, str]) -> list[str]:
+    if not licences:
+        return [f"- Sources (documents each): {pairs(sources)}."]
+    rows = [f"| `{name}` | {count:,} | {licences[name]} |" for name, count in sources.items()]
+    return ["", "| source of the prompts | documents | licence |", "| --- | --- | --- |", *rows]
 
 
 def validation_lines(result: dict[str, Any] | None, documents: int) -> list[str]:

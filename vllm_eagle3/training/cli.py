@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import shlex
 from pathlib import Path
@@ -106,7 +107,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"), help="of the target")
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     add("--speculators", action="store_true", help="export in the speculators form too")
-    add("--licence", default="other", help="for the model card")
+    add("--licence", default="other", help="of the draft, for the model card")
+    add("--source-licences", type=Path, metavar="FILE", help="JSON: source -> licence, for the model card")
 
 
 def job_from(args: argparse.Namespace) -> Any:
@@ -145,6 +147,7 @@ def job_from(args: argparse.Namespace) -> Any:
         prompts=tuple(args.prompts),
         generate_args=tuple(shlex.split(args.generate)),
         aux_layers=tuple(int(k) for k in args.aux_layers.split(",")) if args.aux_layers else None,
+        source_licences=json.loads(args.source_licences.read_text()) if args.source_licences else {},
         options={name: True for name in switches if getattr(args, name)},
         device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
     )

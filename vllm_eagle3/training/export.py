@@ -20,7 +20,7 @@ def body(config: DraftConfig) -> dict[str, Any]:
     """The decoder layer as a transformers config: Llama, or Qwen3 where q and k are normed per head."""
     return {
         "model_type": "qwen3" if config.qk_norm else "llama",
-        "architectures": ["LlamaForCausalLM"],
+        "architectures": ["Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"],
         "hidden_act": "silu",
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -43,7 +43,7 @@ def flat_config(config: DraftConfig, torch_dtype: str) -> dict[str, Any]:
     """config.json of the flat form; nested aux ids name the *output* of a layer, so they are one less than
     ours."""
     return body(config) | {
-        "architectures": ["LlamaForCausalLMEagle3"],
+        "architectures": ["Eagle3Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLMEagle3"],
         "draft_vocab_size": config.draft_vocab_size,
         "target_hidden_size": config.target_hidden_size,
         "eagle_config": {

@@ -49,6 +49,13 @@ class TrainJob:
     dtype: str = "bfloat16"
     device: str = "cpu"
     licence: str = "other"
+    source_licences: dict[str, str] = field(default_factory=dict)
+    """Of each source in the data, for the model card; empty: none are stated."""
+
+    @property
+    def name(self) -> str:
+        """What the model card calls the target."""
+        return Path(self.target).name
 
     def __post_init__(self) -> None:
         if not self.data and not self.prompts:
@@ -123,6 +130,9 @@ def build(job: TrainJob) -> tuple[Trainer, Corpus]:
     counts = token_counts(train, vocab_size)
     kept = int(counts[model.target_ids.cpu().numpy()].sum())
     corpus = Corpus.of(train, validation, files, kept / max(1, int(counts.sum())))
+    missing = sorted(corpus.sources.keys() - job.source_licences.keys()) if job.source_licences else []
+    if missing:
+        raise ValueError(f"source_licences: no licence is given for {', '.join(missing)}")
     logger.info("%s", corpus.sentence())
     store = FeatureStore(job.features_dir, target, train) if job.features_dir else None
     trainer = Trainer(job.settings, model, target, train, validation, store)

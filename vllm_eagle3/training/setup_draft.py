@@ -13,7 +13,10 @@ from vllm_eagle3.training.model import DraftConfig, DraftModel
 
 
 def draft_config(target: Target, draft_vocab_size: int, options: dict[str, Any]) -> DraftConfig:
-    """Shapes of the target's own decoder layers; `options` are further fields of DraftConfig."""
+    """Shapes and style (Llama, or Qwen3 with norms on q and k) of the target's own decoder layers.
+
+    `options` are further fields of DraftConfig.
+    """
     c = target.config
     heads = c.num_attention_heads
     rope = dict(getattr(c, "rope_parameters", None) or {"rope_type": "default", "rope_theta": c.rope_theta})
@@ -30,7 +33,7 @@ def draft_config(target: Target, draft_vocab_size: int, options: dict[str, Any])
         rms_norm_eps=c.rms_norm_eps,
         rope_parameters=rope,
         max_position_embeddings=c.max_position_embeddings,
-        **options,
+        **{"qk_norm": hasattr(target.decoder.layers[-1].self_attn, "q_norm")} | options,
     )
 
 

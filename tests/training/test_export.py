@@ -1,0 +1,137 @@
+"""Exported drafts: both forms, read back by vllm_eagle3.checkpoint (3 s)."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vllm_eagle3.checkpoint import CheckpointError, read_checkpoint
+from vllm_eagle3.training.data import load_documents, make_batch
+from vllm_eagle3.training.export import export
+from vllm_eagle3.training.features import Target
+from vllm_eagle3.training.model import DraftConfig, DraftModel, rope_frequencies
+from vllm_eagle3.training.setup_draft import new_draft
+
+OPTIONS = [
+    {},
+    {"norm_before_residual": True},
+    {"fc_norm": True, "norm_output": True},
+    {"input_norm": True},
+    {"qk_norm": True},
+]
+
+
+@pytest.fixture(scope="module")
+def target(tiny_target: Path) -> Target:
+    return Target(tiny_target, dtype=torch.float32)
+
+
+def draft(target: Target, rows: Path, options: dict[str, bool], init: str = "random") -> DraftModel:
+    sample = make_batch(load_documents([rows], 96)[:4])
+    return new_draft(target, torch.arange(10, 74), options, init, 0, sample).eval()
+
+
+@pytest.mark.parametrize("form", ["flat", "speculators"])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_round_trip(
+    target: Target, tiny_rows: Path, tmp_path: Path, form: str, options: dict[str, bool]
+) -> None:
+    """Config and every tensor come back through the package's reader, and draft the same tokens."""
+    model = draft(target, tiny_rows, options)
+    export(model, tmp_path, form, torch.float32, verifier="tiny")
+    again = DraftModel.from_checkpoint(tmp_path, embeddings=target.embeddings)
+    assert again.config == model.config
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+    states = target.features(make_batch(load_documents([tiny_rows], 96)[:1])).aux
+    ids = torch.arange(len(states[0])) + 5
+    with torch.no_grad():
+        both = [
+            m.logits(m.layer(m.embed(ids), m.fuse(states), torch.arange(len(ids)))[0]) for m in (model, again)
+        ]
+    assert torch.equal(*both)
+
+
+def test_flat_form(target: Target, tiny_rows: Path, tmp_path: Path) -> None:
+    """Embeddings stay out, the layer is `midlayer`, aux ids name outputs of layers, d2t holds offsets."""
+    export(draft(target, tiny_rows, {}), tmp_path)
+    tensors, config = (
+        load_file(tmp_path / "model.safetensors"),
+        json.loads((tmp_path / "config.json").read_text()),
+    )
+    assert "embed_tokens.weight" not in tensors and "midlayer.self_attn.q_proj.weight" in tensors
+    assert tensors["d2t"].dtype == torch.int64 and tensors["d2t"].tolist() == [10] * 64
+    assert tensors["t2d"].nonzero()[:, 0].tolist() == list(range(10, 74))
+    assert tensors["fc.weight"].dtype == torch.bfloat16
+    assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [1, 2, 3]
+    assert config["norm_before_residual"] is False
+    assert tuple(read_checkpoint(tmp_path).config.aux_layers or ()) == target.aux_layers == (2, 3, 4)
+
+
+def test_speculators_form(target: Target, tiny_rows: Path, tmp_path: Path) -> None:
+    """Embeddings are shipped, aux ids name inputs of layers, norm_before_residual is written out."""
+    export(draft(target, tiny_rows, {}), tmp_path, "speculators", verifier="org/tiny")
+    tensors, config = (
+        load_file(tmp_path / "model.safetensors"),
+        json.loads((tmp_path / "config.json").read_text()),
+    )
+    assert "embed_tokens.weight" in tensors and "layers.0.self_attn.q_proj.weight" in tensors
+    assert config["eagle_aux_hidden_state_layer_ids"] == [2, 3, 4]
+    assert config["norm_before_residual"] is False and config["draft_vocab_size"] == 64
+    assert config["speculators_config"]["verifier"]["name_or_path"] == "org/tiny"
+    assert config["transformer_layer_config"]["vocab_size"] == 96
+
+
+def test_unknown_form(target: Target, tiny_rows: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="form must be one of flat, speculators, found 'onnx'"):
+        export(draft(target, tiny_rows, {}), tmp_path, "onnx")
+
+
+def test_missing_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="config.json"):
+        DraftModel.from_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("options", [{}, {"fc_norm": True}], ids=str)
+def test_start_from_the_last_layer(target: Target, tiny_rows: Path, options: dict[str, bool]) -> None:
+    """fc passes the high state on (up to a scale a row with fc_norm) and the layer is the target's last."""
+    model = draft(target, tiny_rows, options, "target")
+    states = target.features(make_batch(load_documents([tiny_rows], 96)[:2])).aux
+    g = model.fuse(states)
+    torch.testing.assert_close(
+        g / g.norm(dim=-1, keepdim=True),
+        states[-1] / states[-1].norm(dim=-1, keepdim=True),
+        atol=1e-5,
+        rtol=1e-4,
+    )
+    theirs = target.decoder.layers[-1].self_attn.v_proj.weight
+    assert torch.equal(model.draft_layer.self_attn.v_proj.weight[:, 32:], theirs)
+    assert not model.draft_layer.self_attn.v_proj.weight[:, :32].any()
+
+
+def test_llama3_rope_is_transformers_own() -> None:
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 5e5,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    shape = {"hidden_size": 256, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 128}
+    theirs = LlamaRotaryEmbedding(LlamaConfig(**shape, rope_parameters=rope, max_position_embeddings=131072))
+    config = DraftConfig(
+        **shape,
+        intermediate_size=8,
+        vocab_size=8,
+        draft_vocab_size=8,
+        aux_layers=(1, 2, 3),
+        target_hidden_size=256,
+        rope_parameters=rope,
+    )
+    torch.testing.assert_close(rope_frequencies(config), theirs.inv_freq)
