@@ -111,7 +111,7 @@ def _tree_attention_kernel(out_ptr, part_ptr, part_max_ptr, part_sum_ptr, q_ptr,
 
 
 @triton.jit
-def _merge_kernel(out_ptr, part_ptr, part_max_ptr, part_sum_ptr, out_stride, heads, SPLITS: tl.constexpr,
+def _merge_splits_kernel(out_ptr, part_ptr, part_max_ptr, part_sum_ptr, out_stride, heads, SPLITS: tl.constexpr,
                   HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr):  # fmt: skip
     """One row and head: partial sums brought to one maximum."""
     token = tl.program_id(0).to(tl.int64)
@@ -202,7 +202,7 @@ def tree_attention(
         HAS_KV_SCALE=kv_scales is not None, num_warps=4,
     )  # fmt: skip
     if splits > 1:
-        _merge_kernel[(tokens, heads)](
+        _merge_splits_kernel[(tokens, heads)](
             out, part, part_max, part_sum, out.stride(0), heads, SPLITS=splits, HEAD_DIM=head_dim,
             BLOCK_D=block_d, BLOCK_S=next_power_of_2(splits), num_warps=2,
         )  # fmt: skip

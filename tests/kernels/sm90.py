@@ -116,6 +116,16 @@ def launches_of_8b_shapes() -> dict[str, Callable[[], object]]:
     table = k.kv_table([torch.empty(4, 2, 16, 8, 128, dtype=torch.bfloat16)] * 2)
     slots = torch.zeros(2, 8, dtype=i64)
 
+    def tree_attention(requests: int, rows: int, window: int = 0, fp8_cache: bool = False) -> object:
+        tokens = requests * rows
+        return k.tree_attention(
+            of(tokens, 32, 128), of(999, 8, 16, 256, dtype=fp8 if fp8_cache else torch.bfloat16),
+            of(requests, 512, dtype=torch.int32), of(requests + 1, dtype=torch.int32),
+            of(requests, dtype=torch.int32), *[of(tokens, dtype=i64)] * 3, max_query_len=rows, scale=0.1,
+            window=window, kv_scales=(of(1, dtype=fp32), of(1, dtype=fp32)) if fp8_cache else None,
+            backend="triton",
+        )  # fmt: skip
+
     def fc(n: int, dtype: torch.dtype = torch.bfloat16, **options: Any) -> object:
         states = [of(n, h, dtype=dtype)] * 3
         return k.concat_fc(states, of(h, 3 * h, dtype=dtype), backend="triton", **options)
@@ -139,6 +149,9 @@ def launches_of_8b_shapes() -> dict[str, Callable[[], object]]:
         ),
         "ancestor_bits": lambda: k.ancestor_bits(of(4, 61, dtype=i64), backend="triton"),
         "tree_walk": lambda: k.tree_walk(*[of(4, 61, dtype=i64)] * 3, backend="triton"),
+        "tree_attention_1": lambda: tree_attention(1, 61),
+        "tree_attention_64": lambda: tree_attention(64, 61),
+        "tree_attention_window_fp8": lambda: tree_attention(8, 61, window=4096, fp8_cache=True),
         "commit_kv": lambda: k.commit_kv(table, slots, slots, backend="triton"),
     }  # fmt: skip
     return calls

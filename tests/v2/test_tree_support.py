@@ -33,6 +33,7 @@ def engine_config(**changes):
         model_config=Config(
             get_sliding_window=lambda: None,
             uses_mrope=False,
+            supports_multimodal_inputs=False,
             use_mla=False,
             is_hybrid=False,
             is_attention_free=False,
@@ -62,6 +63,7 @@ def test_a_plain_engine_is_served():
         ({"parallel_config__enable_dbo": True}, "dual batch overlap"),
         ({"lora_config": object()}, "LoRA"),
         ({"model_config__uses_mrope": True}, "M-RoPE"),
+        ({"model_config__supports_multimodal_inputs": True}, "multimodal inputs"),
         ({"model_config__use_mla": True}, "MLA"),
         ({"model_config__is_hybrid": True}, "Mamba"),
         ({"model_config__get_sliding_window": lambda: 4}, "sliding window of 4 tokens"),

@@ -26,6 +26,7 @@ def refuse_unsupported(vllm_config: Any, tree: TreeOptions) -> None:
         "batch-sharded sampling": parallel.enable_batch_sharded_sampling,
         "LoRA": vllm_config.lora_config is not None,
         "M-RoPE": model.uses_mrope,
+        "multimodal inputs": model.supports_multimodal_inputs,
         "MLA": model.use_mla,
         "recurrent or hybrid layers (Mamba)": model.is_hybrid or model.is_attention_free,
         f"a sliding window of {windows} tokens with depth {tree.depth}": bool(windows)

@@ -1,7 +1,7 @@
 """Drafting trees in Model Runner V2: the speculator that grows them. `tree_state` verifies them."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ logger = init_logger(__name__)
 def make_tree_speculator(
     vllm_config: VllmConfig, device: torch.device, options: Eagle3Options
 ) -> "TreeSpeculator":
-    """The speculator of an engine whose option `tree` is set. Call before the model is built: picks the
+    """The speculator of an engine whose option `tree` is set. Call before the model is built: it picks the
     attention.
 
     Raises:
@@ -59,7 +59,8 @@ class TreeSpeculator(Eagle3Speculator):
             raise ValueError(
                 f"draft trees do not support targets whose model state is {stock.__name__}; {WAY_OUT}"
             )
-        target_model.get_model_state_cls = lambda: TreeModelState  # vLLM's hook, set on the instance
+        # vLLM's hook, set on the instance.
+        target_model.get_model_state_cls = lambda: TreeModelState  # type: ignore[assignment]
         super().load_model(target_model)
         (self.draft_attn_layer_name,) = self.draft_attn_layer_names
         layer = self.vllm_config.compilation_config.static_forward_context[self.draft_attn_layer_name]
@@ -83,17 +84,28 @@ class TreeSpeculator(Eagle3Speculator):
         """Nothing to capture, see init_cudagraph_manager."""
 
     @torch.inference_mode()
-    def propose(self, input_batch: Any, attn_metadata: Any, slot_mappings: Any, last_hidden_states:
-    torch.Tensor,
-                aux_hidden_states: list[torch.Tensor] | None, num_sampled: torch.Tensor,
-                num_rejected: torch.Tensor, *args: Any, dummy_run: bool = False,
-                num_speculative_tokens: int | None = None, **kwargs: Any) -> torch.Tensor:  # fmt: skip
-        """Draft tokens `[num_reqs, envelope]`; their parents go to the model state. Arguments as
-        upstream's.
+    def propose(  # type: ignore[override]
+        self,
+        input_batch: Any,
+        attn_metadata: Any,
+        slot_mappings: Any,
+        last_hidden_states: torch.Tensor,
+        aux_hidden_states: list[torch.Tensor] | None,
+        num_sampled: torch.Tensor,
+        num_rejected: torch.Tensor,
+        *args: Any,
+        dummy_run: bool = False,
+        num_speculative_tokens: int | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Draft ids [num_reqs, num_speculative_tokens], as upstream's; their parents go to the model state.
+
+        A step's own num_speculative_tokens (where K depends on the batch) cuts the tree to its best nodes.
         """
         envelope = self.num_speculative_steps
         budget = envelope if num_speculative_tokens is None else num_speculative_tokens
-        trees: TreeModelState = self.model_state
+        trees = self.model_state
+        assert isinstance(trees, TreeModelState)
         step = trees.step
         if not dummy_run and step is not None and step.has_drafts:
             path = accepted_rows(input_batch, step, trees.path[step.requests], self.tree.depth)
@@ -101,7 +113,7 @@ class TreeSpeculator(Eagle3Speculator):
             input_batch = path.batch
             last_hidden_states = last_hidden_states[path.rows]
             aux_hidden_states = aux_hidden_states and [states[path.rows] for states in aux_hidden_states]
-            num_rejected = num_rejected - path.dropped
+            num_rejected = (num_rejected - path.dropped).clamp(min=0)
         first = super().propose(
             input_batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_sampled,
             num_rejected, *args, dummy_run=dummy_run, num_speculative_tokens=min(budget, 1), **kwargs,
@@ -138,7 +150,7 @@ class TreeSpeculator(Eagle3Speculator):
         block_table = self.block_tables.input_block_tables[self._group()][:batch]
         # A bound that the host knows.
         longest = int(input_batch.seq_lens_cpu_upper_bound[:batch].max())
-        for level in range(1, self.tree.depth):
+        for level in range(1, min(self.tree.depth, nodes)):  # a path of d nodes takes d of them
             own = (level - 1) * topk + torch.arange(topk, device=self.device).expand(batch, topk)
             parents = frontier.parents[..., None]
             paths = torch.cat([paths.gather(1, parents.expand(-1, -1, level - 1)), own[..., None]], dim=-1)
@@ -196,11 +208,12 @@ class TreeSpeculator(Eagle3Speculator):
         return metadata, build_slot_mappings_by_layer(slots, self.kv_cache_config)
 
 
-class AcceptedRows:
-    """A batch cut down to what the draft reads, and where its rows come from."""
+class AcceptedRows(NamedTuple):
+    """A batch cut down to what the draft reads."""
 
-    def __init__(self, batch: Any, rows: torch.Tensor, dropped: torch.Tensor) -> None:
-        self.batch, self.rows, self.dropped = batch, rows, dropped
+    batch: Any  # InputBatch
+    rows: torch.Tensor  # int64 [tokens], where its rows come from
+    dropped: torch.Tensor  # int32 [batch], rows left out of each request
 
 
 def accepted_rows(input_batch: Any, step: TreeStep, path: torch.Tensor, max_depth: int) -> AcceptedRows:
@@ -219,7 +232,7 @@ def accepted_rows(input_batch: Any, step: TreeStep, path: torch.Tensor, max_dept
     tokens = int(starts_np[-1])
 
     device = input_batch.query_start_loc.device
-    logits = (input_batch.cu_num_logits[1 : batch + 1] - input_batch.cu_num_logits[:batch]).int()
+    logits = input_batch.cu_num_logits[: batch + 1].diff().int()
     dropped = (logits - 1 - max_depth).clamp(min=0)
     old_starts = input_batch.query_start_loc[: batch + 1]
     starts = old_starts.clone()
