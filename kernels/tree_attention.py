@@ -111,8 +111,9 @@ def _tree_attention_kernel(out_ptr, part_ptr, part_max_ptr, part_sum_ptr, q_ptr,
 
 
 @triton.jit
-def _merge_splits_kernel(out_ptr, part_ptr, part_max_ptr, part_sum_ptr, out_stride, heads, SPLITS: tl.constexpr,
-                  HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr):  # fmt: skip
+def _merge_splits_kernel(out_ptr, part_ptr, part_max_ptr, part_sum_ptr, out_stride, heads,
+                         SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+                         BLOCK_S: tl.constexpr):  # fmt: skip
     """One row and head: partial sums brought to one maximum."""
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
