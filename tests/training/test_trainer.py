@@ -1,4 +1,4 @@
-"""Training end to end on a tiny target: learning, kill and resume, bad input, ranks (60 s, mostly starting processes)."""
+"""Training end to end on a tiny target: learning, kill and resume, bad input, ranks (60 s)."""
 
 import argparse
 import csv

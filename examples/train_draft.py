@@ -1,0 +1,65 @@
+"""Train an EAGLE-3 draft for your model from your prompts, in one call; about 10 minutes on two cores with
+the defaults.
+
+python examples/train_draft.py --target DIR --prompts prompts.jsonl --out runs/my-draft
+"""
+
+import argparse
+import csv
+import logging
+from pathlib import Path
+
+from vllm_eagle3.training.run import TrainJob, train_draft
+from vllm_eagle3.training.trainer import TrainSettings
+from vllm_eagle3.training.ttt import LossOptions
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--target", required=True, help="directory or name of the target model")
+    parser.add_argument(
+        "--prompts", required=True, type=Path, help="JSONL with `turns`, or ShareGPT conversations"
+    )
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument(
+        "--conversations", type=int, default=150, help="prompts answered (default: %(default)s)"
+    )
+    parser.add_argument("--epochs", type=float, default=3)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+
+    settings = TrainSettings(
+        out=args.out,
+        epochs=args.epochs,
+        lr=1e-3,  # for a small target and little data; the paper's 5e-5 is for 8B models
+        batch_tokens=1024,
+        eval_every=25,
+        loss=LossOptions(steps=3),
+    )
+    job = TrainJob(
+        target=args.target,
+        settings=settings,
+        prompts=(args.prompts,),
+        generate_args=("--limit", str(args.conversations), "--max-tokens", "128", "--enforce-eager"),
+        draft_vocab_size=8192,
+        options={"fc_norm": True},
+        features_dir=args.out / "features",
+        device=args.device,
+        validation_limit=24,
+    )
+    head = train_draft(job)
+    with (args.out / "validation.csv").open() as lines:
+        last = list(csv.DictReader(lines))[-1]
+    alpha, tau = float(last["alpha_1"]), float(last["tau"])
+    print(f"{head}: validation acceptance {alpha:.3f}, tokens per verification {tau:.2f}")
+    print(
+        f'serve it: --speculative-config \'{{"method": "eagle3", "model": "{head}", "num_speculative_tokens":
+        3}}\''
+    )
+
+
+if __name__ == "__main__":
+    main()
