@@ -9,7 +9,6 @@ from engines import speculative, token_ids
 from random_llama import write_draft as write_random_draft
 from random_llama import write_target as write_random_target
 from vllm import SamplingParams
-from vllm.config import VllmConfig
 
 from vllm_eagle3.config import Eagle3Options
 from vllm_eagle3.drafting.policy import NOTHING
@@ -20,16 +19,9 @@ AUTO = {"eagle3": {"policy": "auto"}}
 
 
 @pytest.fixture(autouse=True)
-def installed(monkeypatch, tmp_path):
-    """The config hook of the plugin, and a cost cache of the test's own."""
+def own_cost_cache(monkeypatch, tmp_path):
+    """A cost cache of the test's own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    stock = VllmConfig.__post_init__
-
-    def with_policy(self):
-        policy_seam.install(self, Eagle3Options.from_additional_config(self.additional_config))
-        stock(self)
-
-    monkeypatch.setattr(VllmConfig, "__post_init__", with_policy)
 
 
 def scheduler(llm):
@@ -87,7 +79,7 @@ def test_it_learns_acceptance_and_cost_and_keeps_them(
     assert len(sched.draft_policy.requests) <= 4, "finished requests are forgotten"
     seen = sched.draft_policy.cost.to_json()
     sched.shutdown()
-    (file,) = (tmp_path / "vllm_eagle3" / "cost").glob("*.json")
+    (file,) = (tmp_path / "vllm-eagle3" / "cost").glob("*.json")
     assert json.loads(file.read_text())["seen"] == seen
     again, _ = policy_seam.build_policy(sched.vllm_config)
     assert again.cost.to_json() == seen

@@ -1,6 +1,7 @@
 """The same weights in each dialect draft the same tokens, and those that vLLM's own layer drafts (100 s)."""
 
 import pytest
+import torch
 from dialects import DIALECTS, Dims, draft_tensors, write_dialect
 from engines import speculative, token_ids
 from random_llama import write_target
@@ -41,6 +42,18 @@ def drafts(llm, direct=True):
     return text, seen
 
 
+def fused(tensors, states):
+    """g by the definition, in plain torch."""
+    norm = torch.nn.functional.rms_norm
+    chunks = states.chunk(3, dim=-1)
+    if "fc_norm.0.weight" in tensors:
+        chunks = [norm(c, c.shape[-1:], tensors[f"fc_norm.{i}.weight"], 1e-5) for i, c in enumerate(chunks)]
+    states = torch.cat(list(chunks), dim=-1)
+    if "input_norm.weight" in tensors:
+        states = norm(states, states.shape[-1:], tensors["input_norm.weight"], 1e-5)
+    return states @ tensors["fc.weight"].T
+
+
 @pytest.mark.parametrize(
     ("model_type", "flags"),
     [
@@ -65,6 +78,9 @@ def test_dialects_draft_the_same(engine, tmp_path, model_type, flags):
         llm = engine(target, speculative_config=speculative(draft, 4), additional_config=options)
         text, found[dialect] = drafts(llm)
         assert text == plain
+        states = torch.randn(5, 3 * dims.target_hidden)
+        model = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.drafter.model
+        torch.testing.assert_close(model.combine_hidden_states(states), fused(tensors, states), atol=1e-4, rtol=1e-4)
         if dialect == "modelopt":
             llm.reset_prefix_cache()
             assert drafts(llm, direct=False) == (plain, found[dialect])

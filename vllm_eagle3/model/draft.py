@@ -42,16 +42,23 @@ class _DraftMixin(nn.Module):
 
     def fuse(self, states: Sequence[torch.Tensor]) -> torch.Tensor:
         """g [n, h] = fc([low; mid; high]) from the target's states, each [n, h_target]."""
-        fc, norms = self.model.fc, self.model.fc_norm
-        if not (self.fused_kernels and states[0].is_cuda and type(fc.quant_method) is UnquantizedLinearMethod):
-            return self.combine_hidden_states(torch.cat(tuple(states), dim=-1))
-        return concat_fc(
-            states,
-            fc.weight,
-            norm_weights=None if norms is None else [norm.weight for norm in norms],
-            input_norm=self.model.input_norm.weight if self.model.norm_before_fc else None,
-            eps=self.config.rms_norm_eps,
-        )
+        model, eps = self.model, self.config.rms_norm_eps
+        norms = None if model.fc_norm is None else [norm.weight for norm in model.fc_norm]
+        whole = model.input_norm.weight if model.norm_before_fc else None
+        if self.fused_kernels and states[0].is_cuda and type(model.fc.quant_method) is UnquantizedLinearMethod:
+            return concat_fc(states, model.fc.weight, norm_weights=norms, input_norm=whole, eps=eps)
+        if norms is not None:
+            states = [rms_norm(state, weight, eps) for state, weight in zip(states, norms, strict=True)]
+        fused = torch.cat(tuple(states), dim=-1)
+        return model.fc(fused if whole is None else rms_norm(fused, whole, eps))
+
+    def combine_hidden_states(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """g [n, h] from concatenated states [n, 3 h_target].
+
+        Upstream norms strided chunks, which vLLM's CPU kernel reads as if they were contiguous: with `fc_norm`
+        every row but the first comes out wrong there. `fuse` hands it contiguous ones.
+        """
+        return self.fuse(hidden_states.chunk(3, dim=-1))
 
     def get_top_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Most likely target ids [n] int64 for normed outputs [n, h]: argmax in the draft vocabulary, then mapped."""
