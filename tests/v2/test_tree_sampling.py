@@ -16,7 +16,7 @@ CASES = {
     "top_p": {"temperature": 0.8, "top_p": 0.9, "logprobs": 2},
     "min_p": {"temperature": 1.0, "min_p": 0.05},
     "logit_bias": {"temperature": 1.0, "logit_bias": {5: 4.0, 6: 3.0}},
-    "min_tokens": {"temperature": 1.0, "min_tokens": 6, "stop_token_ids": list(range(0, 512, 3))},
+    "min_tokens": {"temperature": 1.0, "min_tokens": 6, "stop_token_ids": list(range(0, 512, 5))},
     "penalties": {"temperature": 0.9, "repetition_penalty": 1.3, "frequency_penalty": 0.4},
     "presence": {"temperature": 0, "presence_penalty": 1.5},
 }
