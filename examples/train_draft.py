@@ -6,6 +6,7 @@ python examples/train_draft.py --target DIR --prompts prompts.jsonl --out runs/m
 
 import argparse
 import csv
+import json
 import logging
 from pathlib import Path
 
@@ -55,10 +56,8 @@ def main() -> None:
         last = list(csv.DictReader(lines))[-1]
     alpha, tau = float(last["alpha_1"]), float(last["tau"])
     print(f"{head}: validation acceptance {alpha:.3f}, tokens per verification {tau:.2f}")
-    print(
-        f'serve it: --speculative-config \'{{"method": "eagle3", "model": "{head}", "num_speculative_tokens":
-        3}}\''
-    )
+    config = {"method": "eagle3", "model": str(head), "num_speculative_tokens": 3}
+    print(f"serve it: vllm serve {args.target} --speculative-config '{json.dumps(config)}'")
 
 
 if __name__ == "__main__":

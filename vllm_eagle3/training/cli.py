@@ -120,8 +120,8 @@ def job_from(args: argparse.Namespace) -> Any:
     from vllm_eagle3.training.ttt import LossOptions
 
     loss = LossOptions(args.ttt_steps, args.step_decay, args.loss, args.feature_loss, args.recompute)
-    same = ("out", "lr", "warmup_share", "decay_share", "clip", "batch_tokens", "accumulate", "seed")
-    same += ("eval_every", "save_every", "patience")
+    same = ["out", "lr", "warmup_share", "decay_share", "clip", "batch_tokens", "accumulate", "seed"]
+    same += ["eval_every", "save_every", "patience"]
     settings = TrainSettings(
         **{name: getattr(args, name) for name in same},
         max_steps=args.max_steps,
@@ -130,7 +130,7 @@ def job_from(args: argparse.Namespace) -> Any:
         autocast=not args.fp32,
     )
     switches = ("fc_norm", "norm_output", "norm_before_residual")
-    same = (
+    same = [
         "target",
         "draft_vocab_size",
         "init",
@@ -138,8 +138,8 @@ def job_from(args: argparse.Namespace) -> Any:
         "validation_share",
         "validation_limit",
         "limit",
-    )
-    same += ("features_dir", "dtype", "licence")
+    ]
+    same += ["features_dir", "dtype", "licence"]
     return TrainJob(
         **{name: getattr(args, name) for name in same},
         settings=settings,

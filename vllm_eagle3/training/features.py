@@ -57,10 +57,8 @@ class Target:
             raise ValueError(
                 f"aux_layers: expected ids in 0..{n} (layers of {path}), found {self.aux_layers}"
             )
-        model = (
-            AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval().requires_grad_(False)
-        )
-        self.model: Any = model
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        self.model = model = model.to(device).eval().requires_grad_(False)
         self.decoder: Any = model.get_decoder()
         self.head: Tensor = model.get_output_embeddings().weight
         self.embeddings: Tensor = model.get_input_embeddings().weight

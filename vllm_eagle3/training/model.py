@@ -61,8 +61,8 @@ class DraftConfig:
         if found.unsupported_reason or found.aux_layers is None:
             raise CheckpointError(f"{source}: {found.unsupported_reason or 'its aux layers are not known'}")
         body = found.body
-        same = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
-        same += ("rms_norm_eps", "rope_parameters", "attention_bias")
+        same = ["intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"]
+        same += ["rms_norm_eps", "rope_parameters", "attention_bias"]
         return cls(
             hidden_size=found.hidden_size,
             vocab_size=found.vocab_size,
@@ -191,6 +191,8 @@ class DraftModel(nn.Module):
 
     d2t: Tensor
     inv_freq: Tensor
+    fc_norm: nn.ModuleList | None
+    input_norm: RMSNorm | None
 
     def __init__(self, config: DraftConfig) -> None:
         super().__init__()

@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -136,16 +137,18 @@ def build(job: TrainJob) -> tuple[Trainer, Corpus]:
     logger.info("%s", corpus.sentence())
     store = FeatureStore(job.features_dir, target, train) if job.features_dir else None
     trainer = Trainer(job.settings, model, target, train, validation, store)
-    trainer.on_save = lambda t: publish(job, t, corpus, "head")
-    trainer.on_best = lambda t: publish(job, t, corpus, "best")
+
+    def publish_as(name: str) -> Callable[[Trainer], None]:
+        return lambda trainer: publish(job, trainer, corpus, name)
+
+    trainer.on_save, trainer.on_best = publish_as("head"), publish_as("best")
     return trainer, corpus
 
 
-def publish(job: TrainJob, trainer: Trainer, corpus: Corpus, name: str) -> Path:
+def publish(job: TrainJob, trainer: Trainer, corpus: Corpus, name: str) -> None:
     """Export the draft as it is to out/<name>, with its model card."""
     path = export(trainer.model, job.settings.out / name)
     write_card(path, job, trainer, corpus)
-    return path
 
 
 def train_draft(job: TrainJob, speculators: bool = False) -> Path:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vllm_eagle3.training.data import Batch
 from vllm_eagle3.training.features import Features, Target
-from vllm_eagle3.training.model import DraftConfig, DraftModel
+from vllm_eagle3.training.model import DraftConfig, DraftModel, RMSNorm
 
 
 def draft_config(target: Target, draft_vocab_size: int, options: dict[str, Any]) -> DraftConfig:
@@ -69,6 +69,7 @@ def new_draft(
     features = target.features(sample)
     if model.fc_norm is not None:
         for norm, state in zip(model.fc_norm, features.aux, strict=True):
+            assert isinstance(norm, RMSNorm)
             norm.weight.copy_(1 / channel_rms(state))
     if model.input_norm is not None:
         model.input_norm.weight.copy_(1 / channel_rms(torch.cat(features.aux, dim=-1)))
@@ -93,16 +94,10 @@ def start_from_last_layer(model: DraftModel, target: Target, features: Features)
     h = model.config.hidden_size
     source, layer = target.decoder.layers[-1], model.draft_layer
     gain, high = 1.0, torch.ones(h)
-    norm = (
-        model.input_norm
-        if model.input_norm is not None
-        else model.fc_norm[-1]
-        if model.fc_norm is not None
-        else None
-    )
-    if norm is not None:
+    norms = [model.input_norm] if model.input_norm is not None else [*(model.fc_norm or [])]
+    if norms:
         gain = START_RMS / float(features.aux[-1].float().pow(2).mean(-1).sqrt().median())
-        high = START_RMS / norm.weight[-h:]
+        high = START_RMS / norms[-1].weight[-h:]
     model.fc.weight.zero_()
     model.fc.weight[:, -h:] = torch.diag(high)
     scales = {"self_attn.o_proj.weight": gain, "mlp.down_proj.weight": gain}
