@@ -23,7 +23,9 @@ def best(results: list[dict[str, Any]], mode: str, size: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "results" / "cpu_chain.json")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 3, 4, 5], metavar="K")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 2, 4, 8])
@@ -48,9 +50,14 @@ def main() -> None:
         print(f"== K = {k}")
         rows = [row for row in sweep(settings)["results"] if not row["mode"].startswith("native-")]
         results += [row | {"num_speculative_tokens": k} for row in rows]
-        found = {"provenance": provenance([data], settings.public() | {"tokens": args.tokens}), "results": results}
+        found = {
+            "provenance": provenance([data], settings.public() | {"tokens": args.tokens}),
+            "results": results,
+        }
         args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print("| batch | stock eagle3 / none (K) | vllm-eagle3 / none (K) | vllm-eagle3 / stock |\n| --- | --- | --- | --- |")
+    print(
+        "| batch | stock eagle3 / none (K) | vllm-eagle3 / none (K) | vllm-eagle3 / stock |\n| --- | --- | --- | --- |"
+    )
     for size in args.batch_sizes:
         native, chain = best(results, "native", size), best(results, "chain", size)
         cells = [f"{row['ratio_to_none']:.2f} ({row['num_speculative_tokens']})" for row in (native, chain)]

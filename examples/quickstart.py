@@ -27,7 +27,9 @@ def eight_prompts(folder: Path) -> Path:
     """Every fifth of the repository's forty prompts, first turns only."""
     rows = [json.loads(line) for line in PROMPTS.read_text(encoding="utf-8").splitlines()][::5]
     path = folder / "prompts.jsonl"
-    path.write_text("".join(json.dumps(row | {"turns": row["turns"][:1], "task": "quickstart"}) + "\n" for row in rows))
+    path.write_text(
+        "".join(json.dumps(row | {"turns": row["turns"][:1], "task": "quickstart"}) + "\n" for row in rows)
+    )
     return path
 
 
@@ -38,13 +40,17 @@ def texts(target: Path, data: Path, runs: dict[str, list[TaskRun]]) -> bool:
     for line in data.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         same = plain[row["id"]] == ours[row["id"]]
-        print(f"\n> {row['turns'][0]}\n{tokenizer.decode(ours[row['id']][0], skip_special_tokens=True).strip()}")
+        print(
+            f"\n> {row['turns'][0]}\n{tokenizer.decode(ours[row['id']][0], skip_special_tokens=True).strip()}"
+        )
         print("  [the same without speculation]" if same else "  [DIFFERS from the text without speculation]")
     return plain == ours
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results")
     parser.add_argument("--num-speculative-tokens", type=int, default=3, metavar="K")
     parser.add_argument("--repeats", type=int, default=7, help="paired timings (after one that warms up)")
@@ -62,7 +68,9 @@ def main() -> int:
             "max_model_len": 1024,
         }
         print("1. Are the texts the target's? Greedy, fp32, without and with EAGLE-3")
-        settings = EvalSettings(**common, modes=("none", "chain"), batch_size=4, dtype="float32", enforce_eager=True)
+        settings = EvalSettings(
+            **common, modes=("none", "chain"), batch_size=4, dtype="float32", enforce_eager=True
+        )
         runs = {mode: run_in_process(mode, settings) for mode in settings.modes}
         identical = texts(target, data, runs)
         print("\n2. How fast? Batch 1, bf16, all sides compiled alike, taking turns; the engines start first")
@@ -90,7 +98,9 @@ def main() -> int:
           + ", ".join(f"{share:.2f}" for share in report["n_alpha"]))  # fmt: skip
     for mode, name in (("none", "no speculation"), ("native", "stock eagle3"), ("chain", "vllm-eagle3")):
         print(f"{name:15} {results[mode]['tokens_per_s']:7.1f} tokens/s")
-    print(f"speed-up {report['speedup']:.2f}x, {report['speedup_over_native']:.2f}x over stock eagle3 (bf16, batch 1)")
+    print(
+        f"speed-up {report['speedup']:.2f}x, {report['speedup_over_native']:.2f}x over stock eagle3 (bf16, batch 1)"
+    )
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return 0 if identical else 1

@@ -1,4 +1,4 @@
-"""The README's snippets run as they stand, with the names of the embedded pair put in; its table is generated (60 s)."""
+"""The README's snippets run as they stand, with the names of the embedded pair put in; its table is made (60 s)."""
 
 import json
 import os
@@ -45,7 +45,9 @@ def test_options_table():
 def test_llm_snippet(local):
     code = "if __name__ == '__main__':\n" + re.sub("^", "    ", local(snippet("llm")), flags=re.MULTILINE)
     code = code.replace("speculative_config=", "enforce_eager=True, max_model_len=512, speculative_config=")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=os.environ)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=os.environ
+    )
     assert "Paris" in done.stdout, done.stderr[-3000:]
 
 

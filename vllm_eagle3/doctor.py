@@ -52,7 +52,9 @@ def _runner() -> str:
         return "V1 (VLLM_USE_V2_MODEL_RUNNER=0)"
     if not HAS_TRITON:
         return "V1 (Triton has no backend for this device): chains only"
-    return "V2" + (" (VLLM_USE_V2_MODEL_RUNNER=1)" if choice == "1" else " where vLLM supports the model on it")
+    return "V2" + (
+        " (VLLM_USE_V2_MODEL_RUNNER=1)" if choice == "1" else " where vLLM supports the model on it"
+    )
 
 
 def _ledger() -> int:
@@ -71,7 +73,9 @@ def _ledger() -> int:
         if not seam.fits(vllm):
             misfits += 1
             print(f"  {seam.defined_in}.{seam.qualname}: {_verdict(False)}")
-    print(f"{'seams':14} {len(LEDGER) + len(OVERRIDDEN) - misfits} of {len(LEDGER) + len(OVERRIDDEN)} fit this vLLM")
+    print(
+        f"{'seams':14} {len(LEDGER) + len(OVERRIDDEN) - misfits} of {len(LEDGER) + len(OVERRIDDEN)} fit this vLLM"
+    )
     return int(misfits > 0)
 
 

@@ -76,7 +76,16 @@ def stages() -> list[Stage]:
         Stage(
             "sweep-smollm2",
             8,
-            (sweep("sweep_smollm2", *target(), "--modes", "none,native,adaptive,chain,tree,auto", "--repeats", "3"),),
+            (
+                sweep(
+                    "sweep_smollm2",
+                    *target(),
+                    "--modes",
+                    "none,native,adaptive,chain,tree,auto",
+                    "--repeats",
+                    "3",
+                ),
+            ),
             (),
         ),
     ]

@@ -27,7 +27,14 @@ def server(tmp_path_factory):
     port, log = free_port(), tmp_path_factory.mktemp("serve") / "log"
     config = {"method": "eagle3", "model": str(draft), "num_speculative_tokens": 3}
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(target)]
-    command += ["--speculative-config", json.dumps(config), "--port", str(port), "--served-model-name", "target"]
+    command += [
+        "--speculative-config",
+        json.dumps(config),
+        "--port",
+        str(port),
+        "--served-model-name",
+        "target",
+    ]
     command += ["--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "4", "--enforce-eager"]
     env = os.environ | {"VLLM_LOGGING_LEVEL": "INFO", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     with log.open("w") as out:

@@ -21,7 +21,9 @@ def test_signature_is_what_we_were_written_for(seam):
 
 def looks_up(vllm: Path, module: str, name: str) -> bool:
     """Whether `module` holds `name` (imports or defines it)."""
-    return name.split(".")[-1] in vllm.joinpath(*module.split(".")[1:]).with_suffix(".py").read_text(encoding="utf-8")
+    return name.split(".")[-1] in vllm.joinpath(*module.split(".")[1:]).with_suffix(".py").read_text(
+        encoding="utf-8"
+    )
 
 
 @pytest.mark.parametrize("patch", LEDGER, ids=lambda patch: patch.name)

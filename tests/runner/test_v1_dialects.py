@@ -80,7 +80,9 @@ def test_dialects_draft_the_same(engine, tmp_path, model_type, flags):
         assert text == plain
         states = torch.randn(5, 3 * dims.target_hidden)
         model = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.drafter.model
-        torch.testing.assert_close(model.combine_hidden_states(states), fused(tensors, states), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            model.combine_hidden_states(states), fused(tensors, states), atol=1e-4, rtol=1e-4
+        )
         if dialect == "modelopt":
             llm.reset_prefix_cache()
             assert drafts(llm, direct=False) == (plain, found[dialect])

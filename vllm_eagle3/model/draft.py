@@ -45,7 +45,11 @@ class _DraftMixin(nn.Module):
         model, eps = self.model, self.config.rms_norm_eps
         norms = None if model.fc_norm is None else [norm.weight for norm in model.fc_norm]
         whole = model.input_norm.weight if model.norm_before_fc else None
-        if self.fused_kernels and states[0].is_cuda and type(model.fc.quant_method) is UnquantizedLinearMethod:
+        if (
+            self.fused_kernels
+            and states[0].is_cuda
+            and type(model.fc.quant_method) is UnquantizedLinearMethod
+        ):
             return concat_fc(states, model.fc.weight, norm_weights=norms, input_norm=whole, eps=eps)
         if norms is not None:
             states = [rms_norm(state, weight, eps) for state, weight in zip(states, norms, strict=True)]

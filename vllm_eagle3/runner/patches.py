@@ -71,7 +71,11 @@ class Patch:
     def apply(self, module: ModuleType) -> None:
         target, attribute = self.replacement.split(":")
         owner, _, name = self.name.rpartition(".")
-        setattr(getattr(module, owner) if owner else module, name, getattr(importlib.import_module(target), attribute))
+        setattr(
+            getattr(module, owner) if owner else module,
+            name,
+            getattr(importlib.import_module(target), attribute),
+        )
         logger.debug("vllm-eagle3: %s.%s is now %s", self.module, self.name, self.replacement)
 
 

@@ -54,7 +54,9 @@ class Eagle3Proposer(EagleProposer):
         if self.ours is None or not self._enable_probabilistic_draft_probs or sampling_metadata.all_greedy:
             return super()._sample_draft_tokens(hidden_states, sampling_metadata)
         logits = self.model.draft_logits(hidden_states)
-        ids, draft_probs = compute_probs_and_sample_next_token(logits, sampling_metadata, self.use_fp64_gumbel)
+        ids, draft_probs = compute_probs_and_sample_next_token(
+            logits, sampling_metadata, self.use_fp64_gumbel
+        )
         if self.model.draft_to_target is None:
             return ids, draft_probs
         probs = draft_probs.new_zeros(len(ids), self.model.config.vocab_size)
@@ -127,7 +129,11 @@ class Eagle3Proposer(EagleProposer):
                 probs.append(step_probs)
         if probs:
             self._last_draft_probs = torch.stack(probs, dim=1).contiguous()
-        return torch.stack(ids, dim=1) if ids else target_token_ids.new_empty(len(positions), 0, dtype=torch.int64)
+        return (
+            torch.stack(ids, dim=1)
+            if ids
+            else target_token_ids.new_empty(len(positions), 0, dtype=torch.int64)
+        )
 
     def _one_query_per_request(
         self, cad: CommonAttentionMetadata, num_rejected: torch.Tensor | None
@@ -152,7 +158,11 @@ class Eagle3Proposer(EagleProposer):
             return super().dummy_run(num_tokens, *args, **kwargs)
         with set_forward_context(None, self.vllm_config, num_tokens=num_tokens):
             hidden_states, _ = self.model.step(
-                self.input_ids[:num_tokens], self.hidden_states[:num_tokens], self.positions[:num_tokens], None, None
+                self.input_ids[:num_tokens],
+                self.hidden_states[:num_tokens],
+                self.positions[:num_tokens],
+                None,
+                None,
             )
             self.model.get_top_tokens(hidden_states)
         return None
