@@ -38,7 +38,7 @@ demo: install
 
 # The V2 runner is interpreted without a GPU, and that is settled when vLLM is imported: hence processes of their own.
 test: install
-	$(MAKE) test-kernels test-v2 test-v1
+	$(MAKE) --jobs=2 --output-sync=target test-v2 test-v1 test-kernels
 
 test-v1: install
 	@echo "== tests: everything but the V2 runner and the kernels"
