@@ -30,8 +30,8 @@ class CostKey:
     version: str  # vLLM's version and whatever else changes kernels (dtype, tensor-parallel size)
 
     def path(self, directory: str | Path | None = None) -> Path:
-        """File of this key under `directory` (default `$XDG_CACHE_HOME/vllm_eagle3/cost`)."""
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm_eagle3" / "cost"
+        """File of this key under `directory` (default `$XDG_CACHE_HOME/vllm-eagle3/cost`)."""
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-eagle3" / "cost"
         digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
         return Path(directory or base) / f"{digest}.json"
 

@@ -74,11 +74,16 @@ def sweep(settings: SweepSettings, save: Callable[[dict[str, Any]], None] | None
 
     Raises:
         RuntimeError: an engine died.
-        ValueError: `tree` without a GPU.
+        ValueError: `tree` or synthetic acceptance without a GPU.
     """
     if "tree" in settings.modes and not torch.cuda.is_available():
         raise ValueError("--modes: tree needs a GPU (on a CPU its kernels are interpreted), found none")
-    made = provenance(settings.data, settings.public() | {"synthetic_acceptance": settings.shape is not None})
+    synthetic = settings.shape is not None and bool(settings.acceptance_rates)
+    if synthetic and not torch.cuda.is_available():
+        raise ValueError(
+            "--shape: vLLM's synthetic acceptance needs a GPU, found none; --dry-run does without"
+        )
+    made = provenance(settings.data, settings.public() | {"synthetic_acceptance": synthetic})
     runs: Runs = {}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))

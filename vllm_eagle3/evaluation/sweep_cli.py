@@ -16,8 +16,8 @@ from vllm_eagle3.evaluation.sweep_settings import MODES, SweepSettings
 
 DATA = Path(__file__).resolve().parents[2] / "tests" / "data" / "prompts.jsonl"
 SYNTHETIC = (
-    "NOTE: synthetic acceptance and random weights. Whether a draft is accepted is drawn from the given rates; the "
-    "throughput is that of the shape, the acceptance is an assumption."
+    "NOTE: SYNTHETIC ACCEPTANCE, random weights. Whether a draft is accepted is drawn from the given rates: "
+    "the throughput is that of the shape, the acceptance is an assumption."
 )
 
 
@@ -74,18 +74,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shape", choices=SHAPES, help="random weights of this shape, SYNTHETIC acceptance; needs no weights"
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="shape tiny, two short runs: does the whole path work here?"
+        "--dry-run",
+        action="store_true",
+        help="shape tiny, two short repeats at two batch sizes: does the whole path work here?",
     )
     parser.add_argument("--json", type=Path, metavar="OUT", help="write provenance and results")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the ratios")
 
 
 def settings_of(arguments: argparse.Namespace) -> SweepSettings:
-    """The settings the options describe. Raises ValueError for a bad one."""
+    """The settings the options describe. Raises ValueError for a bad one.
+
+    A dry run on a CPU has no synthetic acceptance (vLLM's CPU sampler knows none); its figures mean nothing.
+    """
+    import torch
+
     from vllm_eagle3.evaluation.pair import default_draft, default_target
 
     if arguments.dry_run:
         arguments.shape, arguments.repeats, arguments.max_tokens = "tiny", 2, 8
+        arguments.dtype, arguments.enforce_eager = "float32", True
+        if not torch.cuda.is_available():
+            arguments.acceptance_rates = ()
         arguments.batch_sizes, arguments.native_tokens = (
             arguments.batch_sizes[:2],
             arguments.native_tokens[:1],

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_eagle3.evaluation.sweep_settings import PAPER
+from vllm_eagle3.evaluation.sweep_settings import MODES, PAPER
 from vllm_eagle3.evaluation.sweep_worker import Measurement
 
 Runs = dict[tuple[str, int], list[Measurement]]  # (engine, batch size) -> a measurement a repeat
@@ -26,8 +26,9 @@ def result_rows(runs: Runs) -> list[Row]:
     """A row per mode and batch size, `native` being the fastest `native-K` of that batch size.
 
     tokens_per_s: median over repeats, spread: lowest and highest; ratio_to_none: median of the ratios of
-    measurements of the same repeat, ratio_interval: its bootstrapped 95 % interval; paper_ratio: table 3 of the
-    paper; tau: tokens a request gains per target step (steps without a draft included).
+    measurements of the same repeat, ratio_interval: its bootstrapped 95 % interval; paper_ratio: table 3 of
+    the paper; tau: tokens a request gains per target step, steps without a draft included; drafted: share of
+    the target's steps that verified a draft.
     """
     names = list(dict.fromkeys(name for name, _ in runs))
     sizes = list(dict.fromkeys(size for _, size in runs))
@@ -70,7 +71,7 @@ def shown(results: Sequence[Row]) -> list[Row]:
 
 
 def table(results: Sequence[Row], synthetic: bool) -> str:
-    """Markdown: tokens/s, ratio to no speculation with its interval, the paper's ratio and ours to it, tau."""
+    """Markdown: tokens/s, ratio to no speculation with interval, the paper's ratio, ours to it, tau."""
 
     def cell(row: Row) -> list[str]:
         low, high = row["spread"]
@@ -88,7 +89,7 @@ def table(results: Sequence[Row], synthetic: bool) -> str:
         ]
 
     head = ["batch", "mode", "tokens/s (spread)", "ratio to none (95 %)", "paper", "ratio / paper", "tau"]
-    order = sorted(shown(results), key=lambda row: row["batch_size"])
+    order = sorted(shown(results), key=lambda row: (row["batch_size"], list(MODES).index(row["mode"])))
     lines = [head, ["---"] * len(head), *(cell(row) for row in order)]
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     warning = (

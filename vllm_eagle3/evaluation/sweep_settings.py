@@ -55,7 +55,7 @@ class SweepSettings:
     enforce_eager: bool = False
     gpu_memory: float = 0.9
     shape: str | None = None
-    acceptance_rates: tuple[float, ...] = PUBLISHED_RATES
+    acceptance_rates: tuple[float, ...] = PUBLISHED_RATES  # with a shape; empty: what random weights accept
 
     def __post_init__(self) -> None:
         for name, known in (("modes", tuple(MODES)), ("dtype", DTYPES)):
@@ -78,16 +78,22 @@ class SweepSettings:
             )
             longest = max(self.num_speculative_tokens, *self.native_tokens)
             rates = self.acceptance_rates
-            _expect(len(rates) >= longest, "acceptance_rates", f"a rate for each of {longest} drafts", rates)
+            _expect(
+                not rates or len(rates) >= longest,
+                "acceptance_rates",
+                f"a rate for each of {longest} drafts",
+                rates,
+            )
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> SweepSettings:
-        fields = json.loads(text)
+        fields: dict[str, Any] = json.loads(text)
         fields |= {"tree": TreeOptions(**fields["tree"])}
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+        lists = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
+        return cls(**fields | lists)
 
     def public(self) -> dict[str, Any]:
         """The settings for a result's provenance: names of files and models, not where they lie."""

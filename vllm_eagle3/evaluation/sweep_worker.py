@@ -1,6 +1,6 @@
-"""One engine of a sweep, alive in its own process: `python -m vllm_eagle3.evaluation.sweep_worker NAME SETTINGS`.
+"""One engine of a sweep in its own process: `python -m vllm_eagle3.evaluation.sweep_worker NAME SETTINGS`.
 
-Reads a batch size a line from stdin, runs it, answers with a JSON line on what was stdout; everything else that
+Reads a batch size a line from stdin, runs it, answers with a JSON line on what was stdout; whatever else
 writes to stdout goes to stderr.
 """
 
@@ -51,7 +51,7 @@ def engine_arguments(name: str, settings: SweepSettings) -> dict[str, Any]:
         return arguments
     speculative: dict[str, Any] = {"method": "eagle3", "model": settings.draft}
     speculative["num_speculative_tokens"] = drafts
-    if settings.shape is not None:
+    if settings.shape is not None and settings.acceptance_rates:
         speculative["rejection_sample_method"] = "synthetic"
         speculative["synthetic_acceptance_rates"] = list(settings.acceptance_rates[:drafts])
     if mode == "adaptive":
@@ -111,7 +111,7 @@ class SweepEngine:
         The clock starts once all first requests have been admitted, and stops after `max_tokens` tokens for
         each of the `batch_size` places.
         """
-        engine = self.llm.llm_engine
+        engine: Any = self.llm.llm_engine
         prompts = itertools.cycle(self.prompts)
         alive: set[str] = set()
 
