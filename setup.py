@@ -24,7 +24,16 @@ setup(
         "gpu": [f"vllm{VLLM_RANGE}"],
         "train": ["datasets", "matplotlib", "tensorboard"],
         "eval": ["matplotlib"],
-        "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "build", "matplotlib", "tensorboard"],
+        "dev": [
+            "pytest",
+            "pytest-timeout",
+            "hypothesis",
+            "ruff",
+            "mypy",
+            "build",
+            "matplotlib",
+            "tensorboard",
+        ],
     },
     entry_points={
         "vllm.general_plugins": ["eagle3 = vllm_eagle3.plugin:register"],

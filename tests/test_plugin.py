@@ -55,7 +55,14 @@ def test_unsupported_vllm_is_left_untouched_and_said():
 
 @pytest.mark.parametrize(
     ("version", "supported"),
-    [("0.32.0", True), ("0.33.1+cpu", True), ("0.34.0", False), ("0.31.9", False), ("1.0", False), ("", False)],
+    [
+        ("0.32.0", True),
+        ("0.33.1+cpu", True),
+        ("0.34.0", False),
+        ("0.31.9", False),
+        ("1.0", False),
+        ("", False),
+    ],
 )
 def test_supported_range(version, supported):
     assert plugin.is_supported(version) is supported

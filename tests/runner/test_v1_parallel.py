@@ -1,6 +1,5 @@
 """Tensor parallelism of two on the CPU: the closed-form text, in worker processes of their own (60 s)."""
 
-import pytest
 from closed_form import greedy_text
 from engines import speculative, token_ids
 from vllm import SamplingParams
