@@ -63,7 +63,7 @@ class TreeModelState(DefaultModelState):
         self.parents[req_index] = -1  # the slot's former request may have left a tree
         self.chain_only[req_index] = needs_chain(new_req_data.sampling_params, self.model_config)
 
-    def prepare_attn(
+    def prepare_attn(  # type: ignore[override]
         self,
         input_batch: Any,
         cudagraph_mode: Any,

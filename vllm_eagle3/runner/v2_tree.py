@@ -45,6 +45,8 @@ class TreeSpeculator(Eagle3Speculator):
     by level: one pass of the draft layer over the expanded nodes of all requests, their KV in scratch.
     """
 
+    model: Any  # the draft, vllm_eagle3.model.draft
+
     def __init__(self, vllm_config: VllmConfig, device: torch.device, tree: TreeOptions) -> None:
         super().__init__(vllm_config, device)
         self.tree = tree
@@ -66,7 +68,7 @@ class TreeSpeculator(Eagle3Speculator):
         layer = self.vllm_config.compilation_config.static_forward_context[self.draft_attn_layer_name]
         slots = (self.tree.depth - 1) * self.tree.topk
         shape = (self.max_num_reqs, slots, layer.num_kv_heads, layer.head_size)
-        self.scratch_keys = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        self.scratch_keys = torch.zeros(shape, dtype=self.dtype, device=self.device)  # type: ignore[arg-type]
         self.scratch_values = torch.zeros_like(self.scratch_keys)
         logger.info(
             "EAGLE-3 draft trees: depth %d, topk %d, %d nodes; a decoding request reserves %d KV slots and "
