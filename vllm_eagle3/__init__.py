@@ -1,2 +1,3 @@
 """EAGLE-3 for vLLM: see README.md."""
+
 __version__ = "0.1.0"
