@@ -7,6 +7,8 @@ from engines import speculative, token_ids
 from random_llama import write_target
 from vllm import SamplingParams
 
+from vllm_eagle3.checkpoint import CheckpointError
+
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, detokenize=False)
 PROMPTS = [[(31 * i + 7 * j) % 512 for j in range(5 + 9 * i)] for i in range(3)]
 AUX = (1, 2, 4)
@@ -87,3 +89,13 @@ def test_dialects_draft_the_same(engine, tmp_path, model_type, flags):
             llm.reset_prefix_cache()
             assert drafts(llm, direct=False) == (plain, found[dialect])
     assert len({str(drafted) for drafted in found.values()}) == 1
+
+
+def test_a_missing_head_is_refused(engine, tmp_path):
+    """Stock vLLM shares the target's head instead, whose first rows are not the draft's vocabulary."""
+    dims = Dims(**SIZES)
+    tensors = draft_tensors(dims)
+    del tensors["lm_head.weight"]
+    draft = write_dialect(tmp_path / "draft", "specforge", tensors, dims, aux_layers=AUX)
+    with pytest.raises(CheckpointError, match=r"lm_head.weight \[200, 128\]"):
+        engine(write_target(tmp_path / "target"), speculative_config=speculative(draft, 2))

@@ -15,7 +15,7 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.models.llama_eagle3 import Eagle3LlamaForCausalLM
 from vllm.model_executor.models.qwen3_eagle3 import Eagle3Qwen3ForCausalLM
 
-from vllm_eagle3.checkpoint import canonical_tensors
+from vllm_eagle3.checkpoint import CheckpointError, canonical_tensors
 from vllm_eagle3.config import Eagle3Options
 from vllm_eagle3.kernels.concat_fc import concat_fc
 from vllm_eagle3.model.activate import draft_config
@@ -35,7 +35,14 @@ class _DraftMixin(nn.Module):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Load tensors of any dialect. Raises CheckpointError on what is missing, unknown or misshapen."""
-        super().load_weights(canonical_tensors(self.draft_config, weights, source=self.source))
+        tensors = dict(canonical_tensors(self.draft_config, weights, source=self.source))
+        if self.draft_config.has_draft_vocab and "lm_head.weight" not in tensors:
+            # Stock vLLM would share the target's head and read its first rows as the draft's vocabulary.
+            raise CheckpointError(
+                f"{self.source}: expected lm_head.weight [{self.draft_config.draft_vocab_size}, "
+                f"{self.draft_config.hidden_size}], found none: a draft with a vocabulary of its own needs its head"
+            )
+        super().load_weights(tensors.items())
         offsets = self.draft_id_to_target_id
         if offsets is not None:
             self.draft_to_target = torch.arange(len(offsets), device=offsets.device) + offsets.data
