@@ -64,6 +64,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="WEIGHT",
         help="EAGLE-2's feature regression (default: 0)",
     )
+    add(
+        "--copy-loss",
+        type=float,
+        default=0.0,
+        metavar="WEIGHT",
+        help="teach the heads of one key head to copy from the context (default: 0)",
+    )
     add("--recompute", action="store_true", help="gradient checkpointing of the simulated steps")
     fit = parser.add_argument_group("optimiser")
     add = fit.add_argument
@@ -119,7 +126,8 @@ def job_from(args: argparse.Namespace) -> Any:
     from vllm_eagle3.training.trainer import TrainSettings
     from vllm_eagle3.training.ttt import LossOptions
 
-    loss = LossOptions(args.ttt_steps, args.step_decay, args.loss, args.feature_loss, args.recompute)
+    weights = args.feature_loss, args.copy_loss
+    loss = LossOptions(args.ttt_steps, args.step_decay, args.loss, *weights, args.recompute)
     same = ["out", "lr", "warmup_share", "decay_share", "clip", "batch_tokens", "accumulate", "seed"]
     same += ["eval_every", "save_every", "patience"]
     settings = TrainSettings(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from vllm_eagle3.training.attention import FlashAttention, FlexAttention, Layout
+from vllm_eagle3.training.copying import copy_loss
 from vllm_eagle3.training.data import Batch
 from vllm_eagle3.training.features import Features
 from vllm_eagle3.training.losses import FusedHeadLoss
@@ -50,13 +52,20 @@ class Chains:
 
 
 def simulate(
-    model: DraftModel, batch: Batch, features: Features, chains: Chains, steps: int, recompute: bool = False
+    model: DraftModel,
+    batch: Batch,
+    features: Features,
+    chains: Chains,
+    steps: int,
+    recompute: bool = False,
+    watch: Callable[[Tensor, Tensor, Layout], None] | None = None,
 ) -> list[Tensor]:
     """a [R, h] of every simulated step.
 
     Step 1 reads the target's features; step j reads the draft's own a of step j - 1 and the true token p +
     j, at RoPE position p + j - 1, attending to step-1 keys up to p and to its own chain.
     recompute: keep only each step's inputs for backward (less memory, about a third more work).
+    watch: called with the queries [R, H, d] and keys [T, H, d] of step 1.
     """
     layer, attn = model.draft_layer, model.draft_layer.self_attn
     rows = chains.rows
@@ -69,6 +78,8 @@ def simulate(
     k1, v1 = (t.repeat_interleave(groups, dim=1) for t in attn.key_value(x, cos, sin))
     attend = (FlashAttention if k1.device.type == "cpu" else FlexAttention)(layout, k1, v1)
     q = attn.query(x[rows], cos[rows], sin[rows])
+    if watch is not None:
+        watch(q, k1, layout)
     none = q.new_empty(len(q), 0, *q.shape[1:])
     a = layer.output(attend(q, none, none), residual[rows])
 
@@ -113,13 +124,15 @@ class LossOptions:
     """steps: simulated steps; decay: step j weighs decay^(j-1); kind: one of losses.KINDS.
 
     feature_loss: weight of smooth L1 between the normed a and the normed last state of the target it stands
-    for (EAGLE-2's second loss; 0: none). recompute: see `simulate`.
+    for (EAGLE-2's second loss; 0: none). copy_loss: weight of `copying.copy_loss` on the query heads of the last
+    key head. recompute: see `simulate`.
     """
 
     steps: int = 7
     decay: float = 0.8
     kind: str = "soft_ce"
     feature_loss: float = 0.0
+    copy_loss: float = 0.0
     recompute: bool = False
 
 
@@ -138,7 +151,16 @@ def ttt_loss(
             "a batch has no two answer tokens in a row: nothing can be drafted, so nothing learned"
         )
     table, place = target_table(features, head, chains, steps)
-    a = torch.cat(simulate(model, batch, features, chains, steps, options.recompute))
+    copied: list[Tensor] = []
+
+    def watch(q: Tensor, k: Tensor, layout: Layout) -> None:
+        heads = model.config.num_attention_heads // model.config.num_key_value_heads
+        copied.append(copy_loss(q, k, batch, layout, heads))
+
+    states = simulate(
+        model, batch, features, chains, steps, options.recompute, watch if options.copy_loss else None
+    )
+    a = torch.cat(states)
     weights = options.decay ** torch.arange(steps, dtype=torch.float32, device=a.device)
     means = chains.valid.float() / chains.valid.sum(1, keepdim=True).clamp(min=1)
     scale = (means * (weights / weights.sum())[:, None]).flatten()
@@ -148,6 +170,8 @@ def ttt_loss(
     if options.feature_loss:
         distance = F.smooth_l1_loss(normed.float(), features.last[scored].float(), reduction="none").mean(-1)
         loss = loss + options.feature_loss * (distance * scale).sum()
+    if copied:
+        loss = loss + options.copy_loss * copied[0]
     return loss, (rows.view(steps, -1) * means).sum(1).detach()
 
 
