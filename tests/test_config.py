@@ -12,7 +12,7 @@ def options(value: object) -> Eagle3Options:
 
 
 def test_defaults() -> None:
-    expected = Eagle3Options(aux_layers=None, tree=None, policy="fixed", fused_kernels=True)
+    expected = Eagle3Options(aux_layers=None, tree=None, policy="fixed", fused_kernels=True, int8_draft=True)
     assert Eagle3Options.from_additional_config(None) == expected
     assert Eagle3Options.from_additional_config({}) == expected
     assert Eagle3Options.from_additional_config({"other_plugin": 1}) == expected
@@ -43,7 +43,10 @@ def test_tree_limits_are_valid(limits: dict[str, int]) -> None:
 @pytest.mark.parametrize(
     ("value", "parts"),
     [
-        ({"aux_layer": [1, 2, 3]}, ["'eagle3.aux_layer'", "aux_layers, tree, policy, fused_kernels"]),
+        (
+            {"aux_layer": [1, 2, 3]},
+            ["'eagle3.aux_layer'", "aux_layers, tree, policy, fused_kernels, int8_draft"],
+        ),
         ({"tree": {"depht": 4}}, ["'eagle3.tree.depht'", "depth, topk, nodes"]),
         ({"aux_layers": [1, 2]}, ["'eagle3.aux_layers'", "three strictly increasing", "(1, 2)"]),
         ({"aux_layers": [1, 1, 2]}, ["'eagle3.aux_layers'", "(1, 1, 2)"]),
@@ -58,8 +61,9 @@ def test_tree_limits_are_valid(limits: dict[str, int]) -> None:
         ({"tree": {"nodes": 6.0}}, ["'eagle3.tree.nodes'", "found 6.0"]),
         ({"tree": {"nodes": True}}, ["'eagle3.tree.nodes'", "found True"]),
         ({"policy": "greedy"}, ["'eagle3.policy'", "'auto' or 'fixed'", "'greedy'"]),
+        ({"int8_draft": "no"}, ["'eagle3.int8_draft'", "true or false", "found 'no'"]),
         ({"fused_kernels": 1}, ["'eagle3.fused_kernels'", "true or false", "found 1"]),
-        ([1], ["'eagle3'", "aux_layers, tree, policy, fused_kernels", "[1]"]),
+        ([1], ["'eagle3'", "aux_layers, tree, policy, fused_kernels, int8_draft", "[1]"]),
     ],
 )
 def test_bad_values_name_the_option(value: object, parts: list[str]) -> None:

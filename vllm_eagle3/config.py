@@ -59,6 +59,12 @@ class Eagle3Options:
     fused_kernels: bool = _option(
         True, "bool", "true or false", "Use the fused kernels. false runs their plain PyTorch twins."
     )
+    int8_draft: bool = _option(
+        True,
+        "bool",
+        "true or false",
+        "On a CPU, compute a bf16 draft (not the target) in int8. Outputs do not depend on it.",
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.aux_layers, list):  # JSON has no tuples
@@ -71,8 +77,9 @@ class Eagle3Options:
             raise _bad("tree", self.tree, f"null or an object with the keys {', '.join(_names(TreeOptions))}")
         if self.policy not in POLICIES:
             raise _bad("policy", self.policy, " or ".join(map(repr, POLICIES)))
-        if not isinstance(self.fused_kernels, bool):
-            raise _bad("fused_kernels", self.fused_kernels, "true or false")
+        for name in ("fused_kernels", "int8_draft"):
+            if not isinstance(getattr(self, name), bool):
+                raise _bad(name, getattr(self, name), "true or false")
 
     @classmethod
     def from_additional_config(cls, additional_config: Mapping[str, Any] | None) -> Eagle3Options:

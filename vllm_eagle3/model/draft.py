@@ -19,6 +19,7 @@ from vllm_eagle3.checkpoint import CheckpointError, canonical_tensors
 from vllm_eagle3.config import Eagle3Options
 from vllm_eagle3.kernels.concat_fc import concat_fc
 from vllm_eagle3.model.activate import draft_config
+from vllm_eagle3.model.int8 import Int8Linear, fits
 from vllm_eagle3.model.ops import add_rms_norm, linear, rms_norm, silu_and_mul
 
 
@@ -28,7 +29,10 @@ class _DraftMixin(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.draft_config = draft_config(vllm_config)
-        self.fused_kernels = Eagle3Options.from_additional_config(vllm_config.additional_config).fused_kernels
+        options = Eagle3Options.from_additional_config(vllm_config.additional_config)
+        self.fused_kernels, self.int8_draft = options.fused_kernels, options.int8_draft
+        self.int8: dict[nn.Module, Int8Linear] = {}
+        """Stand-ins of `step` and `get_top_tokens` for layers on a CPU."""
         self.source = vllm_config.speculative_config.draft_model_config.model
         self.draft_to_target: torch.Tensor | None = None
         """[draft_vocab] int64: target id of each draft id; None where the vocabularies are equal."""
@@ -46,6 +50,15 @@ class _DraftMixin(nn.Module):
         offsets = self.draft_id_to_target_id
         if offsets is not None:
             self.draft_to_target = torch.arange(len(offsets), device=offsets.device) + offsets.data
+        if self.int8_draft:
+            attention, mlp = self.model.layers[0].self_attn, self.model.layers[0].mlp
+            layers = [self.model.fc, attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj]
+            if "lm_head.weight" in tensors:  # else the target's head takes its place after loading
+                layers.append(self.lm_head)
+            self.int8 = {layer: Int8Linear(layer.weight.data) for layer in layers if fits(layer)}
+
+    def _linear(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return self.int8[layer](x) if layer in self.int8 else linear(layer, x)
 
     def fuse(self, states: Sequence[torch.Tensor]) -> torch.Tensor:
         """g [n, h] = fc([low; mid; high]) from the target's states, each [n, h_target]."""
@@ -61,7 +74,8 @@ class _DraftMixin(nn.Module):
         if norms is not None:
             states = [rms_norm(state, weight, eps) for state, weight in zip(states, norms, strict=True)]
         fused = torch.cat(tuple(states), dim=-1)
-        return model.fc(fused if whole is None else rms_norm(fused, whole, eps))
+        fused = fused if whole is None else rms_norm(fused, whole, eps)
+        return self.int8[model.fc](fused) if model.fc in self.int8 else model.fc(fused)
 
     def combine_hidden_states(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """g [n, h] from concatenated states [n, 3 h_target].
@@ -73,7 +87,11 @@ class _DraftMixin(nn.Module):
 
     def get_top_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Most likely target ids [n] int64 for normed outputs [n, h]: argmax in the draft vocabulary, then mapped."""
-        ids = self.logits_processor.get_top_tokens(self.lm_head, hidden_states)
+        if self.lm_head in self.int8:
+            logits = self.int8[self.lm_head](hidden_states)[:, : self.draft_config.draft_vocab_size]
+            ids = logits.argmax(dim=-1)
+        else:
+            ids = self.logits_processor.get_top_tokens(self.lm_head, hidden_states)
         return ids if self.draft_to_target is None else self.draft_to_target[ids]
 
     def draft_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -107,7 +125,7 @@ class _DraftMixin(nn.Module):
         embeds = rms_norm(model.embed_tokens(input_ids), layer.input_layernorm.weight, eps)
         normed = rms_norm(hidden_states, layer.hidden_norm.weight, eps)
         residual = normed if self.draft_config.norm_before_residual else hidden_states
-        qkv = linear(attention.qkv_proj, torch.cat([embeds, normed], dim=-1))
+        qkv = self._linear(attention.qkv_proj, torch.cat([embeds, normed], dim=-1))
         query, key, value = self._rotated(attention, qkv, positions, eps)
         if slot_mapping is not None:
             key = key.view(-1, attention.num_kv_heads, attention.head_dim)
@@ -120,9 +138,9 @@ class _DraftMixin(nn.Module):
         query = query.view(-1, attention.num_heads, attention.head_dim)
         context = torch.empty_like(query, memory_format=torch.contiguous_format)
         attn.impl.forward(attn, query, None, None, attn.kv_cache, attn_metadata, output=context)
-        output = linear(attention.o_proj, context.view(len(context), -1))
+        output = self._linear(attention.o_proj, context.view(len(context), -1))
         output, residual = add_rms_norm(output, residual, layer.post_attention_layernorm.weight, eps)
-        output = linear(layer.mlp.down_proj, silu_and_mul(linear(layer.mlp.gate_up_proj, output)))
+        output = self._linear(layer.mlp.down_proj, silu_and_mul(self._linear(layer.mlp.gate_up_proj, output)))
         output, prenorm = add_rms_norm(output, residual, model.norm.weight, eps)
         return output, output if model.norm_output else prenorm
 

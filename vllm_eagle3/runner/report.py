@@ -9,7 +9,7 @@ logger = logging.getLogger("vllm.eagle3")
 
 
 def report(config: DraftConfig, runner: str, vllm_config: Any, form: str) -> None:
-    """Log proposer, runner, layers, vocabulary and kernels at info level."""
+    """Log proposer, runner, layers, vocabulary and kernels (`form`) at info level."""
     speculative = vllm_config.speculative_config
     logger.info(
         "vllm-eagle3: drafting for %s on the %s runner (%s): %s, aux layers %s, draft vocabulary %d of %d, "

@@ -40,7 +40,8 @@ class Eagle3Proposer(EagleProposer):
     def load_model(self, target_model: torch.nn.Module) -> None:
         super().load_model(target_model)
         if self.ours is not None:
-            report(self.ours, "V1", self.vllm_config, "direct" if self.direct else "graphs")
+            form = "graphs" if not self.direct else "direct, int8" if self.model.int8 else "direct"
+            report(self.ours, "V1", self.vllm_config, form)
 
     def _greedy_sample(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.ours is None:

@@ -1,0 +1,45 @@
+"""The int8 draft of CPUs: its product against the dequantised one, and what it leaves alone (30 s)."""
+
+import pytest
+import torch
+from engines import speculative, token_ids
+from vllm import SamplingParams
+
+from vllm_eagle3.evaluation.pair import default_pair
+from vllm_eagle3.model.int8 import Int8Linear
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 33, 128])
+def test_product_is_that_of_the_rounded_matrices(rows):
+    torch.manual_seed(rows)
+    weight, x = torch.randn(160, 96).bfloat16(), 3 * torch.randn(rows, 2 * 96).bfloat16()[:, :96]  # strided
+    x[rows // 2 : rows // 2 * 2] = 0
+    scale = weight.double().abs().amax(1, keepdim=True) / 127
+    x_scale = x.double().abs().amax(1, keepdim=True).clamp_min(1e-10) / 127
+    want = ((x / x_scale).round() * x_scale) @ ((weight / scale).round() * scale).T
+    got = Int8Linear(weight)(x)
+    assert got.dtype == torch.bfloat16
+    assert float((got - want).norm() / want.norm()) < 0.01
+
+
+def metric(llm, name):
+    return next(m.value for m in llm.get_metrics() if m.name == f"vllm:spec_decode_num_{name}")
+
+
+def test_drafts_as_well_as_in_bf16(engine):
+    target, draft = default_pair()
+    prompts = [[1, 4093, 198, *range(700 + 40 * i, 720 + 40 * i), 2, 198] for i in range(8)]
+    taus, packed = {}, {}
+    for int8 in (True, False):
+        llm = engine(
+            target,
+            dtype="bfloat16",
+            speculative_config=speculative(draft, 3),
+            additional_config={"eagle3": {"int8_draft": int8}},
+        )
+        token_ids(llm, prompts, SamplingParams(temperature=0, max_tokens=48, ignore_eos=True))
+        taus[int8] = 1 + metric(llm, "accepted_tokens") / metric(llm, "drafts")
+        core = llm.llm_engine.engine_core.engine_core
+        packed[int8] = len(core.model_executor.driver_worker.worker.model_runner.drafter.model.int8)
+    assert packed == {True: 6, False: 0}
+    assert taus[True] > 0.93 * taus[False] > 1.1
