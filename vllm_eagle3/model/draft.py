@@ -15,7 +15,8 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.models.llama_eagle3 import Eagle3LlamaForCausalLM
 from vllm.model_executor.models.qwen3_eagle3 import Eagle3Qwen3ForCausalLM
 
-from vllm_eagle3.checkpoint import CheckpointError, canonical_tensors
+from vllm_eagle3.checkpoint import canonical_tensors
+from vllm_eagle3.checkpoint.target_head import target_head_rows
 from vllm_eagle3.config import Eagle3Options
 from vllm_eagle3.kernels.concat_fc import concat_fc
 from vllm_eagle3.model.activate import draft_config
@@ -34,6 +35,8 @@ class _DraftMixin(nn.Module):
         self.int8: dict[nn.Module, Int8Linear] = {}
         """Stand-ins of `step` and `get_top_tokens` for layers on a CPU."""
         self.source = vllm_config.speculative_config.draft_model_config.model
+        target = vllm_config.speculative_config.target_model_config
+        self.target, self.target_revision = target.model, target.revision
         self.draft_to_target: torch.Tensor | None = None
         """[draft_vocab] int64: target id of each draft id; None where the vocabularies are equal."""
 
@@ -42,10 +45,8 @@ class _DraftMixin(nn.Module):
         tensors = dict(canonical_tensors(self.draft_config, weights, source=self.source))
         if self.draft_config.has_draft_vocab and "lm_head.weight" not in tensors:
             # Stock vLLM would share the target's head and read its first rows as the draft's vocabulary.
-            raise CheckpointError(
-                f"{self.source}: expected lm_head.weight [{self.draft_config.draft_vocab_size}, "
-                f"{self.draft_config.hidden_size}], found none: a draft with a vocabulary of its own needs its head"
-            )
+            ids = tensors["d2t"] + torch.arange(self.draft_config.draft_vocab_size)
+            tensors["lm_head.weight"] = target_head_rows(self.target, ids, self.target_revision)
         super().load_weights(tensors.items())
         offsets = self.draft_id_to_target_id
         if offsets is not None:

@@ -126,6 +126,19 @@ LEDGER = (
         "derives its CUDA graph sizes from them",
         until="vLLM lets plugins see a config before it is settled",
     ),
+    Patch(
+        module="vllm.engine.arg_utils",
+        name="EngineArgs.create_speculative_config",
+        replacement="vllm_eagle3.runner.args_hook:create_speculative_config",
+        seam=Seam(
+            "vllm.engine.arg_utils",
+            "EngineArgs.create_speculative_config",
+            "self, target_model_config, target_parallel_config",
+        ),
+        why="a tree's nodes say how many drafts the scheduler makes room for, and vLLM asks for that number before "
+        "any config exists",
+        until="vLLM lets plugins see a config before it is settled",
+    ),
     *(
         Patch(
             module=module,

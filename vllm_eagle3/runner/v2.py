@@ -9,7 +9,7 @@ from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
 
 from vllm_eagle3.config import Eagle3Options
 from vllm_eagle3.model.activate import activate
-from vllm_eagle3.runner.report import report
+from vllm_eagle3.runner.report import report, report_lookahead
 
 
 def init_speculator(vllm_config: VllmConfig, device: torch.device, req_states: Any) -> Any:
@@ -22,6 +22,7 @@ def init_speculator(vllm_config: VllmConfig, device: torch.device, req_states: A
         from vllm_eagle3.runner.v2_tree import make_tree_speculator
 
         report(ours, "V2", vllm_config, "tree")
+        report_lookahead(vllm_config, vllm_config.speculative_config.num_speculative_tokens)
         return make_tree_speculator(vllm_config, device, options)
     report(ours, "V2", vllm_config, "chain")
     return Eagle3Speculator(vllm_config, device)

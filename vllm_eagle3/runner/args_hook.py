@@ -1,0 +1,24 @@
+"""What happens when engine arguments become a speculative config: a tree says how many drafts there can be."""
+
+from typing import Any
+
+from vllm.engine.arg_utils import EngineArgs
+
+from vllm_eagle3.config import Eagle3Options
+
+_stock = EngineArgs.create_speculative_config
+
+
+def create_speculative_config(self: EngineArgs, target_model_config: Any, target_parallel_config: Any) -> Any:
+    """Replaces the method of this name: `num_speculative_tokens`, if missing, is the number of the tree's nodes.
+
+    Raises:
+        ValueError: a bad option in `additional_config`.
+    """
+    given = {key.replace("-", "_"): value for key, value in (self.speculative_config or {}).items()}
+    method = given.get("method", self.spec_method)
+    tokens = given.get("num_speculative_tokens", self.spec_tokens)
+    if method == "eagle3" and tokens is None:
+        tree = Eagle3Options.from_additional_config(self.additional_config).tree
+        self.spec_tokens = None if tree is None else tree.nodes
+    return _stock(self, target_model_config, target_parallel_config)
