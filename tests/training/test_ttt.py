@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from vllm_eagle3.training.attention import FlashAttention, FlexAttention, Layout, ttt_mask
+from vllm_eagle3.training.copying import copy_loss
 from vllm_eagle3.training.data import Batch
 from vllm_eagle3.training.features import Features, Target
 from vllm_eagle3.training.model import DraftModel
@@ -174,6 +175,20 @@ def test_recompute_gives_the_same_gradients(target: Target) -> None:
         grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_copy_supervision_is_added_to_the_loss(target: Target) -> None:
+    model, tokens = draft(target), torch.tensor([5, 9, 11, 30, 5, 9, 11, 31, 5, 9])
+    packed = Batch(tokens, torch.ones(10, dtype=torch.bool), torch.tensor([10]))
+    features, head, seen = target.features(packed), target.head[model.target_ids], []
+    watch = lambda q, k, layout: seen.append(copy_loss(q, k, packed, layout, 2))  # noqa: E731
+    simulate(model, packed, features, Chains.build(packed, 2), 2, watch=watch)
+    plain, both = (
+        ttt_loss(model, packed, features, head, LossOptions(2, copy_loss=w))[0] for w in (0.0, 0.5)
+    )
+    groups = model.config.num_attention_heads // model.config.num_key_value_heads
+    assert groups == 2 and float(seen[0]) > 0
+    torch.testing.assert_close(both - plain, 0.5 * seen[0])
 
 
 def test_nothing_to_learn_is_an_error(target: Target) -> None:

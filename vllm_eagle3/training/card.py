@@ -93,7 +93,8 @@ def write_card(path: Path, job: TrainJob, trainer: Trainer, corpus: Corpus) -> N
         f"- Answers are the target's own, at temperatures (documents each): {pairs(corpus.temperatures)}.",
         f"- {at.step:,} optimiser steps over {at.tokens:,} answer tokens (epoch {at.epoch + 1}), "
         f"each token in up to {s.loss.steps} simulated steps.",
-        f"- Loss {s.loss.kind}, step weights {s.loss.decay:g}^i, AdamW (0.9, 0.95), lr {s.lr:g}, "
+        f"- Loss {s.loss.kind}, step weights {s.loss.decay:g}^i, copy supervision {s.loss.copy_loss:g}, "
+        f"AdamW (0.9, 0.95), lr {s.lr:g}, "
         f"clip {s.clip:g}, {s.batch_tokens * s.accumulate * trainer.world:,} tokens a step, seed {s.seed}.",
         f"- Aux layers (states after k layers) {trainer.model.config.aux_layers}; draft vocabulary "
         f"{trainer.model.config.draft_vocab_size:,}; options {pairs(job.options) or 'none'}.",
