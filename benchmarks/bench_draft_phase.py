@@ -1,0 +1,205 @@
+"""The draft phase inside an engine: the proposer's `propose`, K = 4, this project's against stock vLLM's.
+
+Random weights of a real model's shape; only decoding steps of full batches count. On a GPU the V2 runner with its
+CUDA graphs, timed with events on the stream; on a CPU the V1 runner, timed by the clock. Each side has a process.
+
+    python benchmarks/bench_draft_phase.py --out benchmarks/results/draft_phase_<device>.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_eagle3.evaluation.evaluate import environment
+from vllm_eagle3.evaluation.provenance import provenance
+from vllm_eagle3.evaluation.shapes import SHAPES, write_shape
+
+DRAFTS, TARGET = 4, 1.15  # stock's time over ours, at least
+WARM_UP = 10  # decoding steps before those that count
+SIDES = {"ours": "chain", "stock": "native"}  # and the mode whose environment each has
+
+
+class Stopwatch:
+    """Stands before a proposer's `propose` and keeps the time of every call."""
+
+    def __init__(self, propose: Callable[..., Any]) -> None:
+        self.propose, self.marks = propose, list[tuple[Any, Any]]()
+        self.cuda = torch.cuda.is_available()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        start = self._mark()
+        drafts = self.propose(*args, **kwargs)
+        self.marks.append((start, self._mark()))
+        return drafts
+
+    def _mark(self) -> Any:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def milliseconds(self) -> list[float]:
+        """Of every call so far, which are then forgotten."""
+        marks, self.marks = self.marks, []
+        if not self.cuda:
+            return [1e3 * (stop - start) for start, stop in marks]
+        torch.cuda.synchronize()
+        return [start.elapsed_time(stop) for start, stop in marks]
+
+
+def start_stopwatch(worker: Any) -> tuple[Stopwatch, str]:
+    """Put a stopwatch before the worker's proposer; returns it and the proposer's class."""
+    runner = worker.model_runner
+    proposer = runner.speculator if hasattr(runner, "speculator") else runner.drafter
+    watch = proposer.propose = Stopwatch(proposer.propose)
+    return watch, f"{type(proposer).__module__}.{type(proposer).__qualname__}"
+
+
+def measure(
+    shape: str, batch_sizes: list[int], prompt_tokens: int, steps: int, eager: bool
+) -> dict[str, Any]:
+    """{"proposer", "cudagraph_mode", "ms": {batch size: times of `steps` decoding steps}} of this process' engine."""
+    from vllm import LLM, SamplingParams
+
+    most = prompt_tokens + (steps + WARM_UP + 20) * (DRAFTS + 1)
+    with tempfile.TemporaryDirectory() as folder:
+        target, draft = write_shape(shape, Path(folder))
+        llm = LLM(
+            str(target),
+            speculative_config={"method": "eagle3", "model": str(draft), "num_speculative_tokens": DRAFTS},
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            dtype="float32" if eager else "bfloat16",
+            max_model_len=most,
+            max_num_seqs=max(batch_sizes),
+            enforce_eager=eager,
+            enable_prefix_caching=False,
+            seed=0,
+        )
+    [(watch, proposer)] = llm.collective_rpc(start_stopwatch)
+    engine: Any = llm.llm_engine
+    params = SamplingParams(
+        temperature=0.0, max_tokens=most - prompt_tokens, ignore_eos=True, detokenize=False
+    )
+    vocab = SHAPES[shape][0]["vocab_size"]
+    generator = torch.Generator().manual_seed(0)
+    times: dict[str, list[float]] = {}
+    for size in batch_sizes:
+        requests = [f"{size}/{i}" for i in range(size)]
+        for request in requests:
+            ids = torch.randint(2, vocab, (prompt_tokens,), generator=generator).tolist()
+            engine.add_request(request, {"prompt_token_ids": ids}, params)
+        waiting = set(requests)
+        while waiting:  # until every prompt is read
+            waiting -= {output.request_id for output in engine.step() if output.outputs[0].token_ids}
+        watch.milliseconds()
+        while len(watch.marks) < WARM_UP + steps:
+            if any(output.finished for output in engine.step()):
+                raise RuntimeError(f"batch {size}: a request ended before {steps} decoding steps were seen")
+        times[str(size)] = watch.milliseconds()[WARM_UP:]
+        engine.abort_request(requests)
+        while engine.has_unfinished_requests():
+            engine.step()
+        watch.milliseconds()
+    mode = engine.vllm_config.compilation_config.cudagraph_mode
+    return {"proposer": proposer, "cudagraph_mode": str(mode), "ms": times}
+
+
+def run_side(side: str, arguments: list[str]) -> dict[str, Any]:
+    """`measure` in a process of its own. Raises RuntimeError if it fails; its messages are on stderr."""
+    env = environment(SIDES[side]) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    if torch.cuda.is_available():
+        env["VLLM_USE_V2_MODEL_RUNNER"] = "1"
+    else:
+        env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "side.json"
+        command = [sys.executable, __file__, *arguments, "--side", side, "--out", str(out)]
+        done = subprocess.run(command, env=env, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{side}: the engine failed with exit code {done.returncode}; see above")
+        return json.loads(out.read_text(encoding="utf-8"))
+
+
+def result_rows(sides: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row a batch size: medians in milliseconds, and stock's over ours."""
+    rows = []
+    for size, ours in sides["ours"]["ms"].items():
+        stock = sides["stock"]["ms"][size]
+        ms = {"ours": statistics.median(ours), "stock": statistics.median(stock)}
+        ratio = ms["stock"] / ms["ours"]
+        best = {"ours": min(ours), "stock": min(stock)}
+        rows.append(
+            {
+                "batch_size": int(size),
+                "steps": len(ours),
+                **{f"ms_{side}": round(value, 4) for side, value in ms.items()},
+                **{f"best_ms_{side}": round(value, 4) for side, value in best.items()},
+                "ratio": round(ratio, 3),
+                "target": TARGET,
+                "met": ratio >= TARGET,
+            }
+        )
+    return rows
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--shape", default="llama-3.1-8b", choices=SHAPES)
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--prompt-tokens", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=100, help="decoding steps that count")
+    parser.add_argument("--dry-run", action="store_true", help="tiny shape, a few eager steps")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.dry_run:
+        args.shape, args.batch_sizes, args.prompt_tokens, args.steps = "tiny", [1, 3], 16, 5
+    if args.side:
+        found = measure(args.shape, args.batch_sizes, args.prompt_tokens, args.steps, args.dry_run)
+        args.out.write_text(json.dumps(found), encoding="utf-8")
+        return
+    settings = {name: getattr(args, name) for name in ("shape", "batch_sizes", "prompt_tokens", "steps")}
+    settings |= {"num_speculative_tokens": DRAFTS, "warm_up": WARM_UP, "weights": "random"}
+    made = provenance([], settings | {"clock": "CUDA events" if torch.cuda.is_available() else "wall"})
+    arguments = [
+        "--shape",
+        args.shape,
+        "--prompt-tokens",
+        str(args.prompt_tokens),
+        "--steps",
+        str(args.steps),
+    ]
+    arguments += ["--batch-sizes", *map(str, args.batch_sizes), *(["--dry-run"] if args.dry_run else [])]
+    sides = {side: run_side(side, arguments) for side in SIDES}
+    results = result_rows(sides)
+    engines = {
+        side: {name: found[name] for name in ("proposer", "cudagraph_mode")} for side, found in sides.items()
+    }
+    args.out.write_text(
+        json.dumps({"provenance": made, "engines": engines, "results": results}, indent=1) + "\n",
+        encoding="utf-8",
+    )
+    for row in results:
+        print(
+            f"batch {row['batch_size']:>3}: ours {row['ms_ours']:.3f} ms, stock {row['ms_stock']:.3f} ms, "
+            f"ratio {row['ratio']:.2f} (target {TARGET})"
+        )
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    main()
