@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,7 @@ def stages() -> list[Stage]:
     steps = ("--ttt-steps", "2", "--max-steps", "2", "--eval-every", "2", "--batch-tokens", "256")
     return [
         Stage("environment", 2, (doctor,), (doctor,)),
-        Stage("kernels-correct", 6, (tests,), ((*tests, "--collect-only"),)),
+        Stage("kernels-correct", 6, (tests,), (("env", "TRITON_INTERPRET=1", *tests, "--collect-only"),)),
         Stage(
             "smollm2",
             10,
@@ -139,17 +140,17 @@ def stages() -> list[Stage]:
 
 
 def run_command(words: list[str], log: Any, seconds: float) -> int:
-    """Exit code of a command; whatever it has started dies with it when it is out of time.
+    """Exit code of a command. Whatever it has started ends with it: engines left over would hold the GPU's memory.
 
     Raises subprocess.TimeoutExpired after `seconds`.
     """
     process = subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     try:
         return process.wait(timeout=max(seconds, 1))
-    except BaseException:  # engines hold the GPU's memory: none may be left, also after an interrupt
-        os.killpg(process.pid, signal.SIGKILL)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        raise
 
 
 def run_commands(commands: Commands, out: Path, deadline: float, log: Any) -> str:
