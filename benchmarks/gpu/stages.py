@@ -105,15 +105,11 @@ def stages() -> list[Stage]:
             (evaluate("identity_fp32", "--modes", "none,chain", "--dtype", "float32", *tiny),),
         ),
         Stage("kernel-times", 8, tuple(map(bench, kernels)), tuple(map(dry_bench, kernels))),
+        # All engines of a sweep live on the GPU together, with 16 GB of weights each: four at most.
         Stage(
             "sweep-8b",
-            20,
-            # All engines of a sweep live on the GPU together, of 16 GB of weights each: four at most.
-            (
-                sweep("sweep_8b", *shape, "3", "--modes", "none,native,chain,auto"),
-                sweep("sweep_8b_native", *shape, "1,2,5", "--modes", "none,native"),
-                sweep("sweep_8b_adaptive", *shape, "3", "--modes", "none,adaptive,auto"),
-            ),
+            10,
+            (sweep("sweep_8b", *shape, "3", "--modes", "none,native,chain,auto"),),
             (sweep("sweep_8b", "--dry-run", *short),),
         ),
         Stage(
@@ -129,6 +125,15 @@ def stages() -> list[Stage]:
         ),
         Stage("tree-attention", 3, (bench("tree_attention"),), (dry_bench("tree_attention"),)),
         Stage("draft-phase", 6, (bench("draft_phase"),), (dry_bench("draft_phase"),)),
+        Stage(
+            "sweep-8b-native", 10, (sweep("sweep_8b_native", *shape, "1,2,5", "--modes", "none,native"),), ()
+        ),
+        Stage(
+            "sweep-8b-adaptive",
+            10,
+            (sweep("sweep_8b_adaptive", *shape, "3", "--modes", "none,adaptive,auto"),),
+            (),
+        ),
         Stage(
             "train",
             30,
