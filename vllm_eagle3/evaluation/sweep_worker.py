@@ -117,9 +117,8 @@ class SweepEngine:
 
         def admit() -> None:
             request = f"{next(self.count)}"
-            alive.add(
-                engine.add_request(request, {"prompt_token_ids": next(prompts)}, self.params) or request
-            )
+            engine.add_request(request, {"prompt_token_ids": next(prompts)}, self.params)
+            alive.add(request)
 
         started: set[str] = set()
         for _ in range(batch_size):
@@ -128,6 +127,7 @@ class SweepEngine:
             for output in engine.step():
                 started.add(output.request_id)
                 if output.finished:
+                    alive.discard(output.request_id)
                     admit()
         drafts, accepted = self.counters()
         tokens, goal, start = 0, batch_size * self.settings.max_tokens, time.perf_counter()
