@@ -1,5 +1,4 @@
-"""Train an EAGLE-3 draft for your model from your prompts, in one call; about 10 minutes on two cores with
-the defaults.
+"""Train an EAGLE-3 draft for your model from your prompts, in one call.
 
 python examples/train_draft.py --target DIR --prompts prompts.jsonl --out runs/my-draft
 """

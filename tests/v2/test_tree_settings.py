@@ -17,7 +17,8 @@ def given(target, draft, options, **speculative):
         speculative_config={"method": "eagle3", "model": str(draft), **speculative},
         additional_config={"eagle3": options},
     )
-    return args.create_engine_config()
+    args.create_engine_config()
+    return args.create_engine_config()  # the arguments may be used more than once
 
 
 def test_nodes_are_the_drafts_when_nothing_else_is_said(closed_form_target, tmp_path):
@@ -40,8 +41,8 @@ def test_the_log_says_what_the_room_costs(engine, closed_form_target, tmp_path, 
             speculative_config={"method": "eagle3", "model": str(draft)},
             additional_config={"eagle3": {"tree": {"depth": 3, "topk": 2, "nodes": 5}}},
         )
-    line = next(r.getMessage() for r in caplog.records if "slots free" in r.getMessage())
-    assert "a tree of 5 nodes keeps 6 slots" in line and "at most 10 requests" in line
+    line = next(r.getMessage() for r in caplog.records if "slots are kept" in r.getMessage())
+    assert "5 nodes; 6 slots" in line and "at most 10 requests" in line
     prompt = [3, 9, 27, 81]
     params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, detokenize=False)
     text = token_ids(llm, [prompt], params)

@@ -45,7 +45,7 @@ class _DraftMixin(nn.Module):
         tensors = dict(canonical_tensors(self.draft_config, weights, source=self.source))
         if self.draft_config.has_draft_vocab and "lm_head.weight" not in tensors:
             # Stock vLLM would share the target's head and read its first rows as the draft's vocabulary.
-            ids = tensors["d2t"] + torch.arange(self.draft_config.draft_vocab_size)
+            ids = tensors["d2t"].cpu() + torch.arange(self.draft_config.draft_vocab_size, device="cpu")
             tensors["lm_head.weight"] = target_head_rows(self.target, ids, self.target_revision)
         super().load_weights(tensors.items())
         offsets = self.draft_id_to_target_id

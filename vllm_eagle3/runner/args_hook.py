@@ -20,5 +20,6 @@ def create_speculative_config(self: EngineArgs, target_model_config: Any, target
     tokens = given.get("num_speculative_tokens", self.spec_tokens)
     if method == "eagle3" and tokens is None:
         tree = Eagle3Options.from_additional_config(self.additional_config).tree
-        self.spec_tokens = None if tree is None else tree.nodes
+        if tree is not None:
+            self.speculative_config = given | {"num_speculative_tokens": tree.nodes}
     return _stock(self, target_model_config, target_parallel_config)

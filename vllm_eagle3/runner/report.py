@@ -4,6 +4,7 @@ import logging
 from typing import Any
 
 from vllm_eagle3.checkpoint import DraftConfig
+from vllm_eagle3.config import TreeOptions
 
 logger = logging.getLogger("vllm.eagle3")
 
@@ -25,22 +26,25 @@ def report(config: DraftConfig, runner: str, vllm_config: Any, form: str) -> Non
     )
 
 
-def report_lookahead(vllm_config: Any, nodes: int) -> None:
-    """Log what a tree's room costs: slots in the KV cache, and tokens of the scheduler's budget."""
+def report_lookahead(vllm_config: Any, tree: TreeOptions) -> None:
+    """Log a tree's shape and what its room costs: slots in the KV cache, and tokens of the scheduler's budget."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     dtype = vllm_config.cache_config.cache_dtype
     width = model.dtype.itemsize if dtype == "auto" else 4 if dtype == "float32" else 2
-    token = (
-        2 * model.get_num_kv_heads(parallel) * model.get_head_size() * model.get_num_layers(parallel) * width
-    )
+    heads, layers = model.get_num_kv_heads(parallel), model.get_num_layers(parallel)
+    token = 2 * heads * model.get_head_size() * layers * width
+    room = vllm_config.speculative_config.num_speculative_tokens + 1
     budget = vllm_config.scheduler_config.max_num_batched_tokens
     logger.info(
-        "vllm-eagle3: a tree of %d nodes keeps %d slots free behind every running request (%.1f MB of the target's KV "
-        "cache each, a rank) and takes %d of the %d tokens of a step: at most %d requests decode at a time",
-        nodes,
-        nodes + 1,
-        (nodes + 1) * token / 1e6,
-        nodes + 1,
+        "vllm-eagle3: draft trees of depth %d, topk %d, %d nodes; %d slots are kept free behind every running request "
+        "(%.1f MB of the target's KV cache each, a rank), and it takes %d of the %d tokens of a step: at most %d "
+        "requests decode at a time",
+        tree.depth,
+        tree.topk,
+        tree.nodes,
+        room,
+        room * token / 1e6,
+        room,
         budget,
-        budget // (nodes + 1),
+        budget // room,
     )

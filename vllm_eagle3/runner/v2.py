@@ -22,7 +22,7 @@ def init_speculator(vllm_config: VllmConfig, device: torch.device, req_states: A
         from vllm_eagle3.runner.v2_tree import make_tree_speculator
 
         report(ours, "V2", vllm_config, "tree")
-        report_lookahead(vllm_config, vllm_config.speculative_config.num_speculative_tokens)
+        report_lookahead(vllm_config, options.tree)
         return make_tree_speculator(vllm_config, device, options)
     report(ours, "V2", vllm_config, "chain")
     return Eagle3Speculator(vllm_config, device)

@@ -8,7 +8,6 @@ import torch
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.forward_context import set_forward_context
-from vllm.logger import init_logger
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata, build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
@@ -19,8 +18,6 @@ from vllm_eagle3.runner.tree_attention import PathMetadata, select_tree_attentio
 from vllm_eagle3.runner.tree_state import TreeModelState, TreeStep
 from vllm_eagle3.runner.tree_support import WAY_OUT, refuse_unsupported
 from vllm_eagle3.runner.v2 import Eagle3Speculator
-
-logger = init_logger(__name__)
 
 
 def make_tree_speculator(
@@ -70,11 +67,6 @@ class TreeSpeculator(Eagle3Speculator):
         shape = (self.max_num_reqs, slots, layer.num_kv_heads, layer.head_size)
         self.scratch_keys = torch.zeros(shape, dtype=self.dtype, device=self.device)  # type: ignore[arg-type]
         self.scratch_values = torch.zeros_like(self.scratch_keys)
-        logger.info(
-            "EAGLE-3 draft trees: depth %d, topk %d, %d nodes; a decoding request reserves %d KV slots and "
-            "as much of the token budget per step.",
-            self.tree.depth, self.tree.topk, self.tree.nodes, self.num_speculative_steps + 1,
-        )  # fmt: skip
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         """The draft runs eagerly: its first step has rows of its own, which upstream's capture does not

@@ -3,7 +3,7 @@
 Answers repeat: themselves when they loop, the prompt when they quote it. The token to draft then stands in the
 context, behind the place where the last tokens stood before, and one attention layer can find it: the query knows
 the embedding of the newest token, a key knows the state of an earlier one and the embedding of what followed it.
-Small data does not make this circuit appear by itself; naming the right keys does.
+The loss names the keys to read, rather than waiting for small data to make this circuit appear.
 """
 
 from __future__ import annotations
