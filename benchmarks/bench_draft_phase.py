@@ -80,6 +80,7 @@ def measure(
         llm = LLM(
             str(target),
             speculative_config={"method": "eagle3", "model": str(draft), "num_speculative_tokens": DRAFTS},
+            additional_config={"eagle3": {"policy": "fixed"}},
             load_format="dummy",
             skip_tokenizer_init=True,
             dtype="float32" if eager else "bfloat16",

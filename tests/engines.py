@@ -19,11 +19,12 @@ SMALL = {
 
 @contextmanager
 def running(model: Any, **kwargs: Any) -> Iterator[Any]:
-    """`vllm.LLM(model, **kwargs)` over small defaults; shut down and freed on exit."""
+    """`vllm.LLM(model, **kwargs)` over small defaults, drafting as much as it may; shut down and freed on exit."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    llm = LLM(model=str(model), **(SMALL | kwargs))
+    options = {"policy": "fixed"} | kwargs.pop("additional_config", {}).get("eagle3", {})
+    llm = LLM(model=str(model), additional_config={"eagle3": options}, **(SMALL | kwargs))
     try:
         yield llm
     finally:

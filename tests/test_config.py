@@ -12,7 +12,7 @@ def options(value: object) -> Eagle3Options:
 
 
 def test_defaults() -> None:
-    expected = Eagle3Options(aux_layers=None, tree=None, policy="fixed", fused_kernels=True, int8_draft=True)
+    expected = Eagle3Options(aux_layers=None, tree=None, policy="auto", fused_kernels=True, int8_draft=True)
     assert Eagle3Options.from_additional_config(None) == expected
     assert Eagle3Options.from_additional_config({}) == expected
     assert Eagle3Options.from_additional_config({"other_plugin": 1}) == expected

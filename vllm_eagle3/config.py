@@ -13,7 +13,6 @@ from typing import Any
 
 KEY = "eagle3"
 POLICIES = ("auto", "fixed")
-DEFAULT_POLICY = "fixed"  # the one place to switch the default
 
 
 def _option(default: Any, kind: str, valid: str, text: str) -> Any:
@@ -50,11 +49,11 @@ class Eagle3Options:
         None, "object", "null (a chain) or an object with the keys below", "Draft trees instead of chains."
     )
     policy: str = _option(
-        DEFAULT_POLICY,
+        "auto",
         "str",
         " or ".join(f'"{policy}"' for policy in POLICIES),
-        '"fixed" drafts what num_speculative_tokens or tree says in every step; "auto" shrinks it to what '
-        "pays at the present batch size.",
+        '"auto" drafts what pays at the present batch size and acceptance, from num_speculative_tokens or the whole '
+        'tree down to nothing; "fixed" drafts all of it in every step.',
     )
     fused_kernels: bool = _option(
         True, "bool", "true or false", "Use the fused kernels. false runs their plain PyTorch twins."

@@ -84,9 +84,12 @@ def test_a_draft_is_trained_end_to_end(tiny_target: Path, tiny_rows: Path, tmp_p
     assert set(facts["provenance"]) == {"commit", "versions", "device", "data", "settings", "date"}
 
 
-def test_kill_and_resume_gives_the_same_weights(tiny_target: Path, tiny_rows: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [[], ["--optimizer", "muon", "--ema", "0.9", "--prompt-loss"]])
+def test_kill_and_resume_gives_the_same_weights(
+    tiny_target: Path, tiny_rows: Path, tmp_path: Path, how: list[str]
+) -> None:
     """kill -9 in mid-training, then the same command: bit for bit what it is without the kill."""
-    more = ["--max-steps", "30", "--save-every", "4", "--eval-every", "8", "--fp32"]
+    more = ["--max-steps", "30", "--save-every", "4", "--eval-every", "8", "--fp32", *how]
 
     def start(out: Path) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-c", COMMAND, *arguments(tiny_target, tiny_rows, out, *more)]
@@ -107,8 +110,15 @@ def test_kill_and_resume_gives_the_same_weights(tiny_target: Path, tiny_rows: Pa
     assert a["position"] == b["position"] and a["position"]["step"] == 30
     for name, tensor in a["model"].items():
         assert torch.equal(tensor, b["model"][name]), name
-    for i, moments in a["optimizer"]["state"].items():
-        assert torch.equal(moments["exp_avg_sq"], b["optimizer"]["state"][i]["exp_avg_sq"])
+    assert len(a["optimizers"]) == len(b["optimizers"]) == (2 if how else 1)
+    for mine, other in zip(a["optimizers"], b["optimizers"], strict=True):
+        for i, moments in mine["state"].items():
+            assert all(
+                torch.equal(torch.as_tensor(moments[k]), torch.as_tensor(other["state"][i][k]))
+                for k in moments
+            )
+    assert bool(a["average"]) == bool(how)
+    assert all(map(torch.equal, a["average"], b["average"]))
     text = [(tmp_path / name / "train.csv").read_text() for name in ("whole", "cut")]
     kept = [[line.split(",")[5:] for line in t.split("\n")] for t in text]
     assert kept[0] == kept[1], "the record has every step once"

@@ -29,7 +29,9 @@ class VllmEngine:
     def __init__(self, mode: str, settings: EvalSettings, timed: bool) -> None:
         from vllm import LLM
 
-        extra: dict[str, Any] = {}
+        # What is evaluated is a draft at a given length, not what pays here.
+        options: dict[str, Any] = {"policy": "fixed"}
+        extra: dict[str, Any] = {"additional_config": {"eagle3": options}}
         if mode != "none":
             drafts = settings.tree.nodes if mode == "tree" else settings.num_speculative_tokens
             extra["speculative_config"] = {
@@ -37,8 +39,7 @@ class VllmEngine:
             }  # fmt: skip
         if mode == "tree":
             tree = settings.tree
-            shape = {"depth": tree.depth, "topk": tree.topk, "nodes": tree.nodes}
-            extra["additional_config"] = {"eagle3": {"tree": shape}}
+            options["tree"] = {"depth": tree.depth, "topk": tree.topk, "nodes": tree.nodes}
         self.llm = LLM(
             settings.target,
             dtype=settings.dtype,

@@ -90,7 +90,7 @@ class _DraftMixin(nn.Module):
         """Most likely target ids [n] int64 for normed outputs [n, h]: argmax in the draft vocabulary, then mapped."""
         if self.lm_head in self.int8:
             logits = self.int8[self.lm_head](hidden_states)[:, : self.draft_config.draft_vocab_size]
-            ids = logits.argmax(dim=-1)
+            ids = logits.max(dim=-1).indices  # several times faster than argmax, which is scalar in bf16
         else:
             ids = self.logits_processor.get_top_tokens(self.lm_head, hidden_states)
         return ids if self.draft_to_target is None else self.draft_to_target[ids]

@@ -118,6 +118,19 @@ LEDGER = (
         until="vllm-project/vllm#55005 is fixed",
     ),
     Patch(
+        module="vllm.v1.worker.gpu_model_runner",
+        name="RejectionSampler",
+        replacement="vllm_eagle3.runner.greedy:GreedyRejectionSampler",
+        seam=Seam(
+            "vllm.v1.sample.rejection_sampler",
+            "RejectionSampler.forward",
+            "self, metadata, draft_probs, logits, sampling_metadata",
+        ),
+        why="a greedy verification copies the logits of all its rows three times, which on a CPU costs more than "
+        "the argmax they are for",
+        until="upstream takes the argmax of greedy rows directly",
+    ),
+    Patch(
         module="vllm.config.vllm",
         name="VllmConfig.__post_init__",
         replacement="vllm_eagle3.runner.config_hook:post_init",

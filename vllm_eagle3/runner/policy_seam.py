@@ -54,6 +54,8 @@ def install(vllm_config: VllmConfig, options: Eagle3Options) -> bool:
         reason = "enable_adaptive_verification is on"
     elif vllm_config.parallel_config.data_parallel_size > 1:
         reason = "data-parallel ranks must draft equally much"
+    elif vllm_config.device_config.device_type == "cuda" and not vllm_config.use_v2_model_runner:
+        reason = "the V1 runner has no full CUDA graphs for changing numbers of drafts"
     if reason is not None:
         logger.warning("vllm-eagle3: policy 'auto' is off, the number of drafts is fixed: %s", reason)
         return False

@@ -59,7 +59,7 @@ def facts(job: TrainJob, trainer: Trainer, corpus: Corpus) -> dict[str, Any]:
     """Provenance and results, as they go into training.json."""
     settings = {k: v for k, v in asdict(trainer.settings).items() if k != "out"}
     settings |= {"target": job.name, "init": job.init, "init_from": job.init_from and job.init_from.name}
-    settings |= {"limit": job.limit, "max_steps": trainer.max_steps}
+    settings |= {"limit": job.limit, "prompt_loss": job.prompt_loss, "max_steps": trainer.max_steps}
     settings |= {"options": job.options, "aux_layers": trainer.model.config.aux_layers}
     settings["draft_vocab_size"] = trainer.model.config.draft_vocab_size
     result = trainer.last_validation
@@ -91,10 +91,11 @@ def write_card(path: Path, job: TrainJob, trainer: Trainer, corpus: Corpus) -> N
         "## Training",
         f"- Data: {corpus.sentence()}.",
         f"- Answers are the target's own, at temperatures (documents each): {pairs(corpus.temperatures)}.",
-        f"- {at.step:,} optimiser steps over {at.tokens:,} answer tokens (epoch {at.epoch + 1}), "
+        f"- {at.step:,} optimiser steps over {at.tokens:,} {'tokens' if job.prompt_loss else 'answer tokens'} "
+        f"(epoch {at.epoch + 1}), "
         f"each token in up to {s.loss.steps} simulated steps.",
         f"- Loss {s.loss.kind}, step weights {s.loss.decay:g}^i, copy supervision {s.loss.copy_loss:g}, "
-        f"AdamW (0.9, 0.95), lr {s.lr:g}, "
+        f"{s.optimizer}, lr {s.lr:g}, weight average {s.ema:g}, "
         f"clip {s.clip:g}, {s.batch_tokens * s.accumulate * trainer.world:,} tokens a step, seed {s.seed}.",
         f"- Aux layers (states after k layers) {trainer.model.config.aux_layers}; draft vocabulary "
         f"{trainer.model.config.draft_vocab_size:,}; options {pairs(job.options) or 'none'}.",

@@ -71,9 +71,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="WEIGHT",
         help="teach the heads of one key head to copy from the context (default: 0)",
     )
+    add("--prompt-loss", action="store_true", help="learn from the prompts too, where answers are few")
     add("--recompute", action="store_true", help="gradient checkpointing of the simulated steps")
     fit = parser.add_argument_group("optimiser")
     add = fit.add_argument
+    add(
+        "--optimizer",
+        default="adamw",
+        choices=("adamw", "muon"),
+        help="muon: for the matrices of the layer and fc (default: %(default)s)",
+    )
+    add(
+        "--ema",
+        type=float,
+        default=0.0,
+        metavar="DECAY",
+        help="export a running average of the weights, e.g. 0.998 (default: 0, the last ones)",
+    )
     add("--lr", type=float, default=5e-5, help="default: %(default)s; small targets bear 20 times that")
     add("--warmup-share", type=float, default=0.02, help="share of the steps (default: %(default)s)")
     add(
@@ -129,7 +143,7 @@ def job_from(args: argparse.Namespace) -> Any:
     weights = args.feature_loss, args.copy_loss
     loss = LossOptions(args.ttt_steps, args.step_decay, args.loss, *weights, args.recompute)
     same = ["out", "lr", "warmup_share", "decay_share", "clip", "batch_tokens", "accumulate", "seed"]
-    same += ["eval_every", "save_every", "patience"]
+    same += ["optimizer", "ema", "eval_every", "save_every", "patience"]
     settings = TrainSettings(
         **{name: getattr(args, name) for name in same},
         max_steps=args.max_steps,
@@ -146,6 +160,7 @@ def job_from(args: argparse.Namespace) -> Any:
         "validation_share",
         "validation_limit",
         "limit",
+        "prompt_loss",
     ]
     same += ["features_dir", "dtype", "licence"]
     return TrainJob(

@@ -7,10 +7,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -46,6 +47,8 @@ class TrainJob:
     validation_share: float = 0.025
     validation_limit: int = 128
     limit: int | None = None
+    prompt_loss: bool = False
+    """Learn from the target's distributions over prompts too, not over its own answers alone."""
     features_dir: Path | None = None
     dtype: str = "bfloat16"
     device: str = "cpu"
@@ -135,6 +138,8 @@ def build(job: TrainJob) -> tuple[Trainer, Corpus]:
     if missing:
         raise ValueError(f"source_licences: no licence is given for {', '.join(missing)}")
     logger.info("%s", corpus.sentence())
+    if job.prompt_loss:
+        train = [replace(d, mask=np.ones_like(d.mask)) for d in train]
     store = FeatureStore(job.features_dir, target, train) if job.features_dir else None
     trainer = Trainer(job.settings, model, target, train, validation, store)
 
@@ -147,7 +152,8 @@ def build(job: TrainJob) -> tuple[Trainer, Corpus]:
 
 def publish(job: TrainJob, trainer: Trainer, corpus: Corpus, name: str) -> None:
     """Export the draft as it is to out/<name>, with its model card."""
-    path = export(trainer.model, job.settings.out / name)
+    with trainer.average.applied():
+        path = export(trainer.model, job.settings.out / name)
     write_card(path, job, trainer, corpus)
 
 
@@ -165,8 +171,13 @@ def train_draft(job: TrainJob, speculators: bool = False) -> Path:
         if speculators:
             architectures = tuple(trainer.target.config.architectures or ("LlamaForCausalLM",))
             form = job.settings.out / "head-speculators"
-            export(
-                trainer.model, form, "speculators", verifier=job.target, verifier_architectures=architectures
-            )
+            with trainer.average.applied():
+                export(
+                    trainer.model,
+                    form,
+                    "speculators",
+                    verifier=job.target,
+                    verifier_architectures=architectures,
+                )
         draw_curves(job.settings.out)
     return head

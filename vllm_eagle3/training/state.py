@@ -29,7 +29,8 @@ def save_state(trainer: Trainer) -> Path:
     partial = path.with_suffix(".partial")
     state = {
         "model": {k: v for k, v in trainer.model.state_dict().items() if k != "embed_tokens.weight"},
-        "optimizer": trainer.optimizer.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
+        "average": trainer.average.average,
         "position": asdict(trainer.at),
         "data_sha1": trainer.data_sha1,
         "rng": torch.get_rng_state(),
@@ -68,7 +69,10 @@ def load_newest(trainer: Trainer) -> bool:
             f"{found[-1]}: this state is of a draft with other tensors; were the options changed?"
         )
     trainer.model.load_state_dict(state["model"], strict=False)
-    trainer.optimizer.load_state_dict(state["optimizer"])
+    for optimizer, saved in zip(trainer.optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    for average, saved in zip(trainer.average.average, state["average"], strict=True):
+        average.copy_(saved)
     vars(trainer.at).update(state["position"])
     torch.set_rng_state(state["rng"].cpu())
     return True

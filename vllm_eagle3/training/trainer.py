@@ -17,6 +17,7 @@ from tqdm import tqdm
 from vllm_eagle3.training.data import Batch, Document, fingerprint, make_batch, plan_batches
 from vllm_eagle3.training.features import Features, Target
 from vllm_eagle3.training.model import DraftModel
+from vllm_eagle3.training.optimizer import WeightAverage, make_optimizers
 from vllm_eagle3.training.record import Record, Validation
 from vllm_eagle3.training.state import load_newest, save_state
 from vllm_eagle3.training.store import FeatureStore
@@ -38,6 +39,10 @@ class TrainSettings:
     warmup_share: float = 0.02
     decay_share: float = 0.98
     weight_decay: float = 0.0
+    optimizer: str = "adamw"
+    """One of optimizer.OPTIMIZERS."""
+    ema: float = 0.0
+    """Decay of the running average of the weights, which is then what is validated and exported; 0: none."""
     clip: float = 0.5
     batch_tokens: int = 4096
     accumulate: int = 1
@@ -108,9 +113,8 @@ class Trainer:
         self.data_sha1 = fingerprint(documents)
         self.head = target.head[model.target_ids.to(target.head.device)]
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=settings.lr, betas=(0.9, 0.95), weight_decay=settings.weight_decay, fused=True
-        )
+        self.optimizers = make_optimizers(model, settings.optimizer, settings.lr, settings.weight_decay)
+        self.average = WeightAverage(self.parameters, settings.ema)
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.at = Position()
@@ -185,7 +189,7 @@ class Trainer:
         if self.world > 1:
             for tensor in [p.grad for p in self.parameters if p.grad is not None] + [means]:
                 dist.all_reduce(tensor)
-        for group_ in self.optimizer.param_groups:
+        for group_ in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group_["lr"] = s.lr_at(self.at.step, self.max_steps)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, s.clip)
         if not (math.isfinite(float(norm)) and math.isfinite(float(means.sum()))):
@@ -193,9 +197,11 @@ class Trainer:
                 f"step {self.at.step + 1}: loss {means.tolist()}, gradient norm {float(norm)}; no weights "
                 f"were changed and the states in {s.out / 'state'} are intact; a lower lr usually helps"
             )
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         self.at.step += 1
+        self.average.update(self.at.step)
         self.at.tokens += sum(int(self.documents[i].mask.sum()) for group in groups for i in group)
         return means.tolist()
 
@@ -215,7 +221,7 @@ class Trainer:
         hits, chances, tries, streaks = torch.zeros(4, steps, dtype=torch.float64)
         self.model.eval()
         for batch, features, best in self.validation:
-            with self.autocast():
+            with self.average.applied(), self.autocast():
                 right, valid = acceptance(self.model, batch, features, best, steps)
             streak = (right & valid).long().cumprod(0).bool()
             hits += (right & valid).sum(1).cpu()

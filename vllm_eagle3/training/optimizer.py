@@ -1,0 +1,73 @@
+"""Optimisers of a run, and the running average of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+OPTIMIZERS = ("adamw", "muon")
+
+
+def make_optimizers(
+    model: nn.Module, kind: str, lr: float, weight_decay: float
+) -> list[torch.optim.Optimizer]:
+    """Optimisers that together step every trainable parameter.
+
+    "adamw": AdamW (0.9, 0.95) for all, as in the paper. "muon": Muon for the matrices of the layer and fc, with
+    steps as large as AdamW's at the same lr (arXiv 2502.16982); AdamW for the head and the norms.
+
+    Raises ValueError for another kind.
+    """
+    if kind not in OPTIMIZERS:
+        raise ValueError(f"optimizer: expected {' or '.join(OPTIMIZERS)}, found {kind!r}")
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    matrices = [p for name, p in trained.items() if kind == "muon" and p.ndim == 2 and "lm_head" not in name]
+    chosen = {id(p) for p in matrices}
+    rest = [p for p in trained.values() if id(p) not in chosen]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
+    ]
+    if matrices:
+        optimizers.append(
+            torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        )
+    return optimizers
+
+
+class WeightAverage:
+    """Exponential moving average of `parameters`; with decay 0 it is the parameters themselves, at no cost.
+
+    Raises ValueError for a decay outside 0 <= decay < 1.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], decay: float) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"ema: expected 0 <= decay < 1, found {decay}")
+        self.parameters, self.decay = list(parameters), decay
+        self.average = [p.detach().clone() for p in self.parameters] if decay else []
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the parameters as they are after `step` steps; early on the average is over fewer of them."""
+        if self.decay:
+            keep = min(self.decay, step / (step + 10))
+            torch._foreach_lerp_(self.average, self.parameters, 1 - keep)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside, the parameters hold the average."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for average, parameter in zip(self.average, self.parameters, strict=False):
+            kept = parameter.clone()
+            parameter.copy_(average)
+            average.copy_(kept)
