@@ -81,7 +81,7 @@ class Eagle3Options:
                 raise _bad(name, getattr(self, name), "true or false")
 
     @classmethod
-    def from_additional_config(cls, additional_config: Mapping[str, Any] | None) -> Eagle3Options:
+    def from_additional_config(cls, additional_config: Any) -> Eagle3Options:
         """Options under the key "eagle3" of vLLM's `additional_config`; other keys belong to others.
 
         Raises:

@@ -24,7 +24,9 @@ def draft_config(vllm_config: VllmConfig) -> DraftConfig:
         ValueError: a bad option in `additional_config`.
     """
     options = Eagle3Options.from_additional_config(vllm_config.additional_config)
-    model = vllm_config.speculative_config.draft_model_config
+    speculative = vllm_config.speculative_config
+    assert speculative is not None
+    model = speculative.draft_model_config
     target = vllm_config.model_config
     return _resolve(model.model, model.revision, target.model, target.revision, options.aux_layers)
 
@@ -53,10 +55,12 @@ def activate(vllm_config: VllmConfig) -> DraftConfig | None:
     if speculative is None or speculative.method != "eagle3":
         return None
     if speculative.parallel_drafting:
-        return _leave("parallel_drafting is set")
+        _warn_left("parallel_drafting is set")
+        return None
     config = draft_config(vllm_config)
     if config.unsupported_reason is not None:
-        return _leave(config.unsupported_reason)
+        _warn_left(config.unsupported_reason)
+        return None
     if config.aux_layers is None:
         raise CheckpointError(
             f"{speculative.draft_model_config.model}: the target states no number of layers, so the layers the draft "
@@ -68,7 +72,7 @@ def activate(vllm_config: VllmConfig) -> DraftConfig | None:
     return config
 
 
-def _leave(reason: str) -> None:
+def _warn_left(reason: str) -> None:
     logger.warning("vllm-eagle3: this draft is left to vLLM's own EAGLE-3: %s", reason)
 
 

@@ -27,6 +27,12 @@ from vllm_eagle3.model.ops import add_rms_norm, linear, rms_norm, silu_and_mul
 class _DraftMixin(nn.Module):
     """What this project adds to vLLM's EAGLE-3 modules; the base class comes second in the MRO."""
 
+    config: Any
+    model: Any
+    lm_head: Any
+    logits_processor: Any
+    draft_id_to_target_id: Any
+
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.draft_config = draft_config(vllm_config)
@@ -34,8 +40,9 @@ class _DraftMixin(nn.Module):
         self.fused_kernels, self.int8_draft = options.fused_kernels, options.int8_draft
         self.int8: dict[nn.Module, Int8Linear] = {}
         """Stand-ins of `step` and `get_top_tokens` for layers on a CPU."""
-        self.source = vllm_config.speculative_config.draft_model_config.model
-        target = vllm_config.speculative_config.target_model_config
+        speculative = vllm_config.speculative_config
+        assert speculative is not None
+        self.source, target = speculative.draft_model_config.model, speculative.target_model_config
         self.target, self.target_revision = target.model, target.revision
         self.draft_to_target: torch.Tensor | None = None
         """[draft_vocab] int64: target id of each draft id; None where the vocabularies are equal."""
@@ -47,7 +54,7 @@ class _DraftMixin(nn.Module):
             # Stock vLLM would share the target's head and read its first rows as the draft's vocabulary.
             ids = tensors["d2t"].cpu() + torch.arange(self.draft_config.draft_vocab_size, device="cpu")
             tensors["lm_head.weight"] = target_head_rows(self.target, ids, self.target_revision)
-        super().load_weights(tensors.items())
+        super().load_weights(tensors.items())  # type: ignore[misc]  # the base class comes second
         offsets = self.draft_id_to_target_id
         if offsets is not None:
             self.draft_to_target = torch.arange(len(offsets), device=offsets.device) + offsets.data
@@ -147,7 +154,7 @@ class _DraftMixin(nn.Module):
 
     @staticmethod
     def _rotated(
-        attention: nn.Module, qkv: torch.Tensor, positions: torch.Tensor, eps: float
+        attention: Any, qkv: torch.Tensor, positions: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         query, key, value = qkv.split([attention.q_size, attention.kv_size, attention.kv_size], dim=-1)
         if hasattr(attention, "q_norm"):  # Qwen3: a norm per head
@@ -162,5 +169,5 @@ class Eagle3LlamaDraft(_DraftMixin, Eagle3LlamaForCausalLM):
     """Draft with a Llama-style layer."""
 
 
-class Eagle3Qwen3Draft(_DraftMixin, Eagle3Qwen3ForCausalLM):
+class Eagle3Qwen3Draft(_DraftMixin, Eagle3Qwen3ForCausalLM):  # type: ignore[misc]  # load_weights returns a set there
     """Draft with a Qwen3-style layer (norms on q and k)."""

@@ -3,8 +3,9 @@
 Only drafts depend on it: verification reads the target's own weights, so outputs stay what they were.
 """
 
+from typing import Any
+
 import torch
-from torch import nn
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
@@ -29,7 +30,7 @@ class Int8Linear:
         )
 
 
-def fits(layer: nn.Module) -> bool:
+def fits(layer: Any) -> bool:
     """Whether an Int8Linear can stand for this layer of vLLM's: on a CPU, bf16, whole, unquantised, without bias."""
     weight = getattr(layer, "weight", None)
     return (

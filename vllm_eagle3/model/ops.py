@@ -1,8 +1,9 @@
 """vLLM's kernels, called directly. Outside torch.compile its modules run their unfused PyTorch forms, which cost a
 CPU more than the matrix products of a draft step do."""
 
+from typing import Any
+
 import torch
-from torch import nn
 from vllm import _custom_ops as ops
 
 
@@ -30,7 +31,7 @@ def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def linear(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def linear(layer: Any, x: torch.Tensor) -> torch.Tensor:
     """One of vLLM's linear layers on x [n, in], quantised or not; sharded ones go through the module."""
     if layer.tp_size > 1:
         return layer(x)[0]

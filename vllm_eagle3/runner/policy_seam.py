@@ -90,7 +90,7 @@ def build_policy(vllm_config: VllmConfig) -> tuple[Policy, CostKey]:
     assert spec is not None and spec.num_speculative_tokens_per_batch_size is not None, (
         "install was not called"
     )
-    options = Eagle3Options.from_additional_config(vllm_config.additional_config)  # type: ignore[arg-type]
+    options = Eagle3Options.from_additional_config(vllm_config.additional_config)
     sizes = sorted({size for _, _, size in spec.num_speculative_tokens_per_batch_size})
     tree = options.tree
     shapes = chains(sizes) if tree is None else [

@@ -26,6 +26,8 @@ class Eagle3Proposer(EagleProposer):
     stock vLLM): then `ours` is None and every override steps aside.
     """
 
+    model: Any
+
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any = None) -> None:
         self.ours = activate(vllm_config)
         if self.ours is not None and Eagle3Options.from_additional_config(vllm_config.additional_config).tree:

@@ -32,6 +32,8 @@ class Eagle3Speculator(EagleSpeculator):
     """vLLM's EagleSpeculator with this project's draft: states fused without concatenation, argmax in the draft's
     own vocabulary."""
 
+    model: Any
+
     def propose(
         self,
         input_batch: Any,
