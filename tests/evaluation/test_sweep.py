@@ -119,13 +119,14 @@ def test_shapes(tmp_path: Path) -> None:
 
 
 def test_engines_are_measured_in_turn_and_the_first_repeat_is_dropped(monkeypatch, tmp_path, capsys) -> None:
-    order = []
+    order, turns = [], []
 
     class FakeWorker:
         def __init__(self, name: str, mode: str, settings: Path) -> None:
             self.name = name
 
-        def measure(self, batch_size: int) -> Measurement:
+        def measure(self, batch_size: int, turn: int) -> Measurement:
+            turns.append(turn)
             order.append((self.name, batch_size))
             return measured(1.0 if len(order) <= 6 else 100.0)
 
@@ -140,6 +141,9 @@ def test_engines_are_measured_in_turn_and_the_first_repeat_is_dropped(monkeypatc
     assert order[:6] == [(name, size) for size in (1, 2) for name in ("none", "chain", "auto")]
     assert [name for name, _ in order[6:9]] == ["chain", "auto", "none"], "another engine begins each repeat"
     assert {name for name, size in order if size == 0} == {"none", "chain", "auto"}, "all are closed"
+    assert turns == [0] * 6 + [1] * 6 + [2] * 6, (
+        "all engines see the same prompts, another part of them each repeat"
+    )
     result = json.loads(out.read_text())
     assert result["provenance"]["settings"]["synthetic_acceptance"] is True
     assert all(row["spread"] == [100.0, 100.0] for row in result["results"])

@@ -46,11 +46,11 @@ class Worker:
             raise RuntimeError(f"the engine {self.name!r} died with exit code {code}; see its messages above")
         return json.loads(line)
 
-    def measure(self, batch_size: int) -> Measurement:
-        """One run."""
+    def measure(self, batch_size: int, turn: int) -> Measurement:
+        """One run (see SweepEngine.run)."""
         assert self.process.stdin is not None
         try:
-            self.process.stdin.write(f"{batch_size}\n")
+            self.process.stdin.write(f"{batch_size} {turn}\n")
             self.process.stdin.flush()
         except BrokenPipeError:  # then there is no reply either
             pass
@@ -102,7 +102,7 @@ def sweep(settings: SweepSettings, save: Callable[[dict[str, Any]], None] | None
                 first = repeat % len(workers)
                 for batch_size in settings.batch_sizes:
                     for worker in workers[first:] + workers[:first]:
-                        found = worker.measure(batch_size)
+                        found = worker.measure(batch_size, repeat)
                         if repeat:
                             runs.setdefault((worker.name, batch_size), []).append(found)
                         bar.set_postfix_str(

@@ -1,6 +1,6 @@
 """One engine of a sweep in its own process: `python -m vllm_eagle3.evaluation.sweep_worker NAME SETTINGS`.
 
-Reads a batch size a line from stdin, runs it, answers with a JSON line on what was stdout; whatever else
+Reads "batch size, turn" a line from stdin, runs that, answers with a JSON line on what was stdout; whatever else
 writes to stdout goes to stderr.
 """
 
@@ -18,6 +18,9 @@ from typing import Any
 from vllm_eagle3.evaluation.shapes import SHAPES, pseudo_tokens
 from vllm_eagle3.evaluation.sweep_settings import SweepSettings
 from vllm_eagle3.training.prompts import load_prompts
+
+LEAST = 8
+"""Prompts that a run sees at least, however small its batch."""
 
 
 @dataclass
@@ -105,14 +108,17 @@ class SweepEngine:
         prefix = "vllm:spec_decode_num_"
         return values.get(prefix + "drafts", 0), values.get(prefix + "accepted_tokens", 0)
 
-    def run(self, batch_size: int) -> Measurement:
+    def run(self, batch_size: int, turn: int) -> Measurement:
         """Closed loop: each finished request is replaced at once by the next prompt.
 
         The clock starts once all first requests have been admitted, and stops after `max_tokens` tokens for
-        each of the `batch_size` places.
+        each of the `batch_size` places, or of LEAST prompts if these are more. Run number `turn` begins where the
+        one before it ended in the list of prompts, whatever the engine: runs of the same turn see the same prompts.
         """
         engine: Any = self.llm.llm_engine
-        prompts = itertools.cycle(self.prompts)
+        requests = max(batch_size, LEAST)
+        begin = turn * requests % len(self.prompts)
+        prompts = itertools.cycle(self.prompts[begin:] + self.prompts[:begin])
         alive: set[str] = set()
 
         def admit() -> None:
@@ -130,7 +136,7 @@ class SweepEngine:
                     alive.discard(output.request_id)
                     admit()
         drafts, accepted = self.counters()
-        tokens, goal, start = 0, batch_size * self.settings.max_tokens, time.perf_counter()
+        tokens, goal, start = 0, requests * self.settings.max_tokens, time.perf_counter()
         while tokens < goal:
             for output in engine.step():
                 tokens += len(output.outputs[0].token_ids)
@@ -153,7 +159,7 @@ def main(argv: list[str]) -> None:
     replies.write(json.dumps({"ready": name}) + "\n")
     replies.flush()
     for line in sys.stdin:
-        replies.write(json.dumps(asdict(engine.run(int(line)))) + "\n")
+        replies.write(json.dumps(asdict(engine.run(*map(int, line.split())))) + "\n")
         replies.flush()
 
 
