@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import logging
+from types import SimpleNamespace
 
 import pytest
 from closed_form import greedy_text, write_draft
@@ -113,3 +115,30 @@ def test_it_leaves_a_table_of_the_users_in_charge(engine, closed_form_target, cl
 )
 def test_sizes(most, tree, every, sizes):
     assert policy_seam._sizes(most, Eagle3Options(tree=tree), every) == sizes
+
+
+@pytest.mark.parametrize(
+    ("given", "in_charge"),
+    [
+        ({"use_v2_model_runner": True}, True),
+        ({"use_v2_model_runner": False}, False),  # it would cost full CUDA graphs
+        ({"use_v2_model_runner": True, "data_parallel_size": 2}, False),
+    ],
+)
+def test_on_a_gpu(given, in_charge, caplog):
+    spec = SimpleNamespace(
+        method="eagle3", num_speculative_tokens=4, num_speculative_tokens_per_batch_size=None
+    )
+    config = SimpleNamespace(
+        speculative_config=spec,
+        scheduler_config=SimpleNamespace(scheduler_cls=None, max_num_seqs=8),
+        parallel_config=SimpleNamespace(data_parallel_size=given.get("data_parallel_size", 1)),
+        device_config=SimpleNamespace(device_type="cuda"),
+        use_v2_model_runner=given["use_v2_model_runner"],
+    )
+    logging.getLogger("vllm").propagate = True
+    with caplog.at_level(logging.WARNING, "vllm.eagle3"):
+        assert policy_seam.install(config, Eagle3Options()) is in_charge
+    drafts = [size for _, _, size in spec.num_speculative_tokens_per_batch_size or ()]
+    assert drafts == ([0, 1, 2, 3, 4] if in_charge else [])
+    assert ("policy 'auto' is off" in caplog.text) is not in_charge

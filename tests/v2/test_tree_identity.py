@@ -94,6 +94,9 @@ def test_closed_form(engine, closed_form_target, tmp_path):
             after[f"vllm:spec_decode_{name}"] - before[f"vllm:spec_decode_{name}"]
             for name in ("num_drafts", "num_accepted_tokens")
         ] == [3 * batch, 12 * batch]
+        depths = [m["vllm:spec_decode_num_accepted_tokens_per_pos"] for m in (before, after)]
+        by_depth = [now - then for then, now in zip(*depths, strict=True)]
+        assert by_depth == [3 * batch] * 4 + [0] * 8, "position i of vLLM's counter is depth i + 1 of a tree"
 
 
 def test_oracle_trees_with_preemption_chunks_and_prefix_hits(
