@@ -53,7 +53,7 @@ def main() -> int:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results")
     parser.add_argument("--num-speculative-tokens", type=int, default=3, metavar="K")
-    parser.add_argument("--repeats", type=int, default=7, help="paired timings (after one that warms up)")
+    parser.add_argument("--repeats", type=int, default=5, help="paired timings (after one that warms up)")
     parser.add_argument("--max-tokens", type=int, default=96)
     args = parser.parse_args()
     target, draft = default_pair()
