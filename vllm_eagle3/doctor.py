@@ -10,6 +10,8 @@ from typing import Any
 
 from vllm_eagle3 import plugin
 
+NOT_REPLACED = "NOT replaced"
+
 
 def add_parser(subparsers: Any) -> None:
     """Add the `doctor` command."""
@@ -66,9 +68,9 @@ def _ledger() -> int:
     vllm = Path(specification.submodule_search_locations[0])
     misfits = 0
     for patch in LEDGER:
-        fits = patch.seam.fits(vllm)
-        misfits += not fits
-        print(f"  {patch.module}.{patch.name}: {_verdict(fits)}, {_replaced(patch)}")
+        fits, replaced = patch.seam.fits(vllm), _replaced(patch)
+        misfits += not fits or replaced == NOT_REPLACED
+        print(f"  {patch.module}.{patch.name}: {_verdict(fits)}, {replaced}")
     for seam in OVERRIDDEN:
         if not seam.fits(vllm):
             misfits += 1
@@ -90,4 +92,4 @@ def _replaced(patch: Any) -> str:
         return f"not importable here ({error})"
     target, name = patch.replacement.split(":")
     done = operator.attrgetter(patch.name)(module) is getattr(importlib.import_module(target), name)
-    return "replaced" if done else "NOT replaced"
+    return "replaced" if done else NOT_REPLACED

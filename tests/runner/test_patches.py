@@ -34,6 +34,23 @@ def test_name_is_looked_up_where_it_is_replaced(patch):
     assert patch.why and patch.until
 
 
+def test_every_entry_is_in_place_in_a_fresh_process():
+    """Two entries may share a module; an entry may be for a module that was imported before the plugin was loaded."""
+    check = (
+        "import importlib, operator, vllm.config.vllm\n"
+        "from vllm_eagle3.plugin import register\n"
+        "register()\n"
+        "from vllm_eagle3.runner.patches import LEDGER\n"
+        "for patch in LEDGER:\n"
+        "    module, name = patch.replacement.split(':')\n"
+        "    ours = getattr(importlib.import_module(module), name)\n"
+        "    found = operator.attrgetter(patch.name)(importlib.import_module(patch.module))\n"
+        "    assert found is ours, f'{patch.module}.{patch.name} is {found}'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_a_changed_signature_is_seen(tmp_path):
     (tmp_path / "some").mkdir()
     (tmp_path / "some" / "room.py").write_text("class A:\n    def f(self, x, *, y=1): ...\n")

@@ -6,7 +6,7 @@ from engines import speculative, token_ids
 from vllm import SamplingParams
 
 from vllm_eagle3.evaluation.pair import default_pair
-from vllm_eagle3.model.int8 import Int8Linear
+from vllm_eagle3.model.int8 import MAX_ERROR, Int8Linear
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 33, 128])
@@ -20,6 +20,13 @@ def test_product_is_that_of_the_rounded_matrices(rows):
     got = Int8Linear(weight)(x)
     assert got.dtype == torch.bfloat16
     assert float((got - want).norm() / want.norm()) < 0.01
+
+
+def test_matrices_that_round_badly_are_left_alone():
+    even = torch.randn(64, 1024).bfloat16()
+    uneven = even.clone()
+    uneven[:, 0] *= 50  # each row's scale has to reach its largest weight
+    assert Int8Linear(even).error < 0.02 < MAX_ERROR < Int8Linear(uneven).error
 
 
 def metric(llm, name):
@@ -41,5 +48,5 @@ def test_drafts_as_well_as_in_bf16(engine):
         taus[int8] = 1 + metric(llm, "accepted_tokens") / metric(llm, "drafts")
         core = llm.llm_engine.engine_core.engine_core
         packed[int8] = len(core.model_executor.driver_worker.worker.model_runner.drafter.model.int8)
-    assert packed == {True: 6, False: 0}
-    assert taus[True] > 0.93 * taus[False] > 1.1
+    assert packed == {True: 5, False: 0}, "the shipped draft's fc would lose too much"
+    assert taus[True] > 0.95 * taus[False] > 1.1

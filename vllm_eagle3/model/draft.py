@@ -20,7 +20,7 @@ from vllm_eagle3.checkpoint.target_head import target_head_rows
 from vllm_eagle3.config import Eagle3Options
 from vllm_eagle3.kernels.concat_fc import concat_fc
 from vllm_eagle3.model.activate import draft_config
-from vllm_eagle3.model.int8 import Int8Linear, fits
+from vllm_eagle3.model.int8 import Int8Linear, int8_layers
 from vllm_eagle3.model.ops import add_rms_norm, linear, rms_norm, silu_and_mul
 
 
@@ -63,7 +63,7 @@ class _DraftMixin(nn.Module):
             layers = [self.model.fc, attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj]
             if "lm_head.weight" in tensors:  # else the target's head takes its place after loading
                 layers.append(self.lm_head)
-            self.int8 = {layer: Int8Linear(layer.weight.data) for layer in layers if fits(layer)}
+            self.int8 = int8_layers(layers)
 
     def _linear(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return self.int8[layer](x) if layer in self.int8 else linear(layer, x)

@@ -263,4 +263,10 @@ def install() -> None:
     global _installed
     if not _installed:
         _installed = True
-        after_import({patch.module: patch.apply for patch in LEDGER})
+        after_import({patch.module: _apply_all for patch in LEDGER})
+
+
+def _apply_all(module: ModuleType) -> None:
+    for patch in LEDGER:
+        if patch.module == module.__name__:
+            patch.apply(module)
