@@ -42,9 +42,9 @@ def test_every_entry_is_in_place_in_a_fresh_process():
         "register()\n"
         "from vllm_eagle3.runner.patches import LEDGER\n"
         "for patch in LEDGER:\n"
+        "    found = operator.attrgetter(patch.name)(importlib.import_module(patch.module))\n"
         "    module, name = patch.replacement.split(':')\n"
         "    ours = getattr(importlib.import_module(module), name)\n"
-        "    found = operator.attrgetter(patch.name)(importlib.import_module(patch.module))\n"
         "    assert found is ours, f'{patch.module}.{patch.name} is {found}'\n"
     )
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
