@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from vllm_eagle3.training import cli
 from vllm_eagle3.training.data import load_documents, make_batch, split
 from vllm_eagle3.training.features import Target
+from vllm_eagle3.training.run import build
 from vllm_eagle3.training.setup_draft import new_draft
 from vllm_eagle3.training.state import states
 from vllm_eagle3.training.trainer import Trainer, TrainSettings
@@ -119,9 +121,33 @@ def test_kill_and_resume_gives_the_same_weights(
             )
     assert bool(a["average"]) == bool(how)
     assert all(map(torch.equal, a["average"], b["average"]))
+    if how:  # what is exported is the average
+        exported = load_file(tmp_path / "whole" / "head" / "model.safetensors")["fc.weight"]
+        (average,) = (t for t in a["average"] if t.shape == exported.shape)
+        torch.testing.assert_close(exported, average.to(exported.dtype), rtol=0, atol=0)
+        assert not torch.equal(exported, a["model"]["fc.weight"].to(exported.dtype))
     text = [(tmp_path / name / "train.csv").read_text() for name in ("whole", "cut")]
     kept = [[line.split(",")[5:] for line in t.split("\n")] for t in text]
     assert kept[0] == kept[1], "the record has every step once"
+
+
+def test_state_of_another_optimizer(tiny_target: Path, tiny_rows: Path, tmp_path: Path) -> None:
+    target = Target(tiny_target, dtype=torch.float32)
+    make_trainer(target, tiny_rows, tmp_path).train()
+    for changed in ({"optimizer": "muon"}, {"ema": 0.9}):
+        with pytest.raises(ValueError, match="step-4.pt: .*were --optimizer or --ema changed"):
+            make_trainer(target, tiny_rows, tmp_path, **changed).train()
+
+
+def test_prompt_loss_reaches_the_prompts_and_not_the_validation(
+    tiny_target: Path, tiny_rows: Path, tmp_path: Path
+) -> None:
+    parser = argparse.ArgumentParser()
+    cli.add_parser(parser.add_subparsers())
+    given = arguments(tiny_target, tiny_rows, tmp_path / "run", "--prompt-loss")
+    trainer, _ = build(cli.job_from(parser.parse_args(["train", *given])))
+    assert all(document.mask.all() for document in trainer.documents)
+    assert not any(batch.mask.all() for batch, _, _ in trainer.validation)
 
 
 def test_accumulation_is_one_larger_batch(tiny_target: Path, tiny_rows: Path, tmp_path: Path) -> None:

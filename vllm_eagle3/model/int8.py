@@ -13,7 +13,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 
 MAX_ERROR = 0.03
 """Of the rounded weights, relative. An fc at 0.065 (few large weights, many small ones, as target states with large
-channels make them) cost a point of acceptance; layers and heads lie at 0.01 to 0.02 and cost nothing that was seen."""
+channels make them) cost acceptance; layers and heads lie at 0.01 to 0.02 and cost nothing that was seen."""
 
 
 class Int8Linear:

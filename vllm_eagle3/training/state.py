@@ -68,6 +68,14 @@ def load_newest(trainer: Trainer) -> bool:
         raise ValueError(
             f"{found[-1]}: this state is of a draft with other tensors; were the options changed?"
         )
+    found_kinds = len(state["optimizers"]), bool(state["average"])
+    expected = len(trainer.optimizers), bool(trainer.average.average)
+    if found_kinds != expected:
+        raise ValueError(
+            f"{found[-1]}: this state has {found_kinds[0]} optimisers and {'a' if found_kinds[1] else 'no'} weight "
+            f"average, this run {expected[0]} and {'one' if expected[1] else 'none'}; "
+            "were --optimizer or --ema changed?"
+        )
     trainer.model.load_state_dict(state["model"], strict=False)
     for optimizer, saved in zip(trainer.optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)

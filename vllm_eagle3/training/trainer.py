@@ -206,7 +206,8 @@ class Trainer:
         return means.tolist()
 
     def _validate(self, row: dict[str, int]) -> None:
-        result = self.last_validation = self.evaluate()
+        with self.average.applied():
+            result = self.last_validation = self.evaluate()
         better = result.tau > self.at.best_tau
         self.at.best_tau = max(result.tau, self.at.best_tau)
         self.at.stale = 0 if better else self.at.stale + 1
@@ -216,12 +217,12 @@ class Trainer:
                 self.on_best(self)
 
     def evaluate(self) -> Validation:
-        """Greedy acceptance of every simulated step on the validation documents."""
+        """Greedy acceptance of every simulated step on the validation documents, with the weights as they are."""
         steps = self.settings.loss.steps
         hits, chances, tries, streaks = torch.zeros(4, steps, dtype=torch.float64)
         self.model.eval()
         for batch, features, best in self.validation:
-            with self.average.applied(), self.autocast():
+            with self.autocast():
                 right, valid = acceptance(self.model, batch, features, best, steps)
             streak = (right & valid).long().cumprod(0).bool()
             hits += (right & valid).sum(1).cpu()
