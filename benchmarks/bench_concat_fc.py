@@ -16,13 +16,10 @@ from kernel_timing import (
     Roofline,
     Variant,
     copies,
-    measure_roofline,
     normal,
-    parse,
+    run,
     time_variants,
-    write,
 )
-from tqdm import tqdm
 from vllm_eagle3.kernels import concat_fc
 
 
@@ -56,11 +53,7 @@ def bench(model: ModelShape, rows: int, options: Options, roofline: Roofline) ->
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = parse(__doc__ or "", argv)
-    roofline = measure_roofline(options)
-    cases = [(model, rows) for model in options.models for rows in options.rows]
-    results = [bench(model, rows, options, roofline) for model, rows in tqdm(cases, disable=options.dry_run)]
-    write(results, roofline, options, "standard normal states and weights")
+    run(bench, __doc__, "standard normal states and weights", argv)
 
 
 if __name__ == "__main__":

@@ -16,14 +16,11 @@ from kernel_timing import (
     Roofline,
     Variant,
     copies,
-    measure_roofline,
     normal,
-    parse,
+    run,
     time_variants,
-    write,
 )
 from torch import Tensor
-from tqdm import tqdm
 from vllm_eagle3.kernels import head_topk
 
 TREE_K = 8
@@ -74,11 +71,7 @@ def bench(model: ModelShape, rows: int, options: Options, roofline: Roofline) ->
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = parse(__doc__ or "", argv)
-    roofline = measure_roofline(options)
-    cases = [(model, rows) for model in options.models for rows in options.rows]
-    results = [bench(model, rows, options, roofline) for model, rows in tqdm(cases, disable=options.dry_run)]
-    write(results, roofline, options, "standard normal states and weights, random draft vocabulary")
+    run(bench, __doc__, "standard normal states and weights, random draft vocabulary", argv)
 
 
 if __name__ == "__main__":

@@ -16,18 +16,17 @@ from kernel_timing import (
     Roofline,
     Variant,
     copies,
-    measure_roofline,
     normal,
-    parse,
+    run,
     time_variants,
-    write,
 )
-from tqdm import tqdm
 from vllm_eagle3.kernels import head_topk, linear_fp8, quant_fp8
 
 
 def bench(model: ModelShape, rows: int, options: Options, roofline: Roofline) -> dict[str, Any]:
     """Times of every variant at one shape; the weight is the head, [draft_vocab, hidden]."""
+    if torch.device(options.device).type != "cuda" and not options.dry_run:
+        raise SystemExit("bench_linear_fp8 needs a CUDA device: a CPU widens fp8 weights first")
     h, v = model.hidden, model.draft_vocab
     count = copies(options.device, v * h)
     weights = [normal(v, h, like=options, scale=h**-0.5) for _ in range(count)]
@@ -48,13 +47,7 @@ def bench(model: ModelShape, rows: int, options: Options, roofline: Roofline) ->
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = parse(__doc__ or "", argv, rows=(1, 4, 8, 16, 32, 64))
-    if torch.device(options.device).type != "cuda" and not options.dry_run:
-        raise SystemExit("bench_linear_fp8 needs a CUDA device: a CPU widens fp8 weights first")
-    roofline = measure_roofline(options)
-    cases = [(model, rows) for model in options.models for rows in options.rows]
-    results = [bench(model, rows, options, roofline) for model, rows in tqdm(cases, disable=options.dry_run)]
-    write(results, roofline, options, "standard normal states and weights")
+    run(bench, __doc__, "standard normal states and weights", argv, rows=(1, 4, 8, 16, 32, 64))
 
 
 if __name__ == "__main__":

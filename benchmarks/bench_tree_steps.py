@@ -16,13 +16,10 @@ from kernel_timing import (
     Options,
     Roofline,
     Variant,
-    measure_roofline,
     normal,
-    parse,
+    run,
     time_variants,
-    write,
 )
-from tqdm import tqdm
 from vllm_eagle3.kernels import ancestor_bits, commit_kv, kv_table, tree_walk
 
 NODES, PATH, BLOCK_SIZE = 61, 7, 16
@@ -60,11 +57,13 @@ def bench(model: ModelShape, rows: int, options: Options, roofline: Roofline) ->
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = parse(__doc__ or "", argv, rows=(1, 4, 8, 32, 64))
-    roofline = measure_roofline(options)
-    cases = [(model, rows) for model in options.models for rows in options.rows]
-    results = [bench(model, rows, options, roofline) for model, rows in tqdm(cases, disable=options.dry_run)]
-    write(results, roofline, options, f"random trees of {NODES} nodes; roofline of the KV commit alone")
+    run(
+        bench,
+        __doc__,
+        f"random trees of {NODES} nodes; roofline of the KV commit alone",
+        argv,
+        rows=(1, 4, 8, 32, 64),
+    )
 
 
 if __name__ == "__main__":

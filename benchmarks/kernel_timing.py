@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 Variant = Callable[[int], object]  # called with the index of the input copy to use
 Times = dict[str, float]  # microseconds a call: "median", "best"
@@ -232,3 +233,18 @@ def write(results: list[dict[str, Any]], roofline: Roofline, options: Options, d
         report = {**provenance(options, data), "roofline": asdict(roofline), "results": results}
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def run(
+    bench: Callable[[ModelShape, int, Options, Roofline], dict[str, Any]],
+    description: str | None,
+    data: str,
+    argv: Sequence[str] | None,
+    rows: tuple[int, ...] = ROWS,
+) -> None:
+    """A benchmark's command line: `bench` for every model and number of rows asked for."""
+    options = parse(description or "", argv, rows)
+    roofline = measure_roofline(options)
+    cases = [(model, n) for model in options.models for n in options.rows]
+    results = [bench(model, n, options, roofline) for model, n in tqdm(cases, disable=options.dry_run)]
+    write(results, roofline, options, data)

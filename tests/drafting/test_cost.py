@@ -64,25 +64,25 @@ def test_bad_tables_are_refused(bad: dict) -> None:
 
 def test_corrections_are_medians_and_ignore_outliers() -> None:
     cost = SeenCost(TABLE)
-    plain = cost.step(4, 3, 4, 3)
+    plain = cost.base(16, 4, 3, 0.0)
     for ratio in (1.5, 1.5, 40.0, 1.5, 1.5, 0.01):
-        cost.observe(4, 3, 4, 3, 0.0, ratio * plain)
-    assert cost.step(4, 3, 4, 3) == pytest.approx(1.5 * plain)
+        cost.observe(4, 3, plain, ratio * plain)
+    assert cost.correction(4, 3) == pytest.approx(1.5)
     assert cost.known(3, 3) and not cost.known(4, 2), "batches 3 and 4 share a bucket"
     assert cost.correction(4, 0) == pytest.approx(1.5), "a cell never seen follows its neighbour"
     with pytest.raises(ValueError, match="more than 0 seconds"):
-        cost.observe(4, 3, 4, 3, 0.0, 0.0)
+        cost.observe(4, 3, plain, 0.0)
 
 
 def test_old_corrections_are_forgotten_and_new_ones_follow_the_machine() -> None:
     cost = SeenCost(TABLE, max_age=50)
     for _ in range(20):
-        cost.observe(1, 1, 1, 1, 0.0, 2.0 * TABLE.step(2, 1, 1))
+        cost.observe(1, 1, 1.0, 2.0)
     for _ in range(60):
-        cost.observe(1, 2, 1, 2, 0.0, 3.0 * TABLE.step(3, 1, 2))
+        cost.observe(1, 2, 1.0, 3.0)
     assert not cost.known(1, 1) and cost.correction(1, 2) == pytest.approx(3.0)
     for _ in range(50):
-        cost.observe(1, 2, 1, 2, 0.0, TABLE.step(3, 1, 2))
+        cost.observe(1, 2, 1.0, 1.0)
     assert cost.correction(1, 2) == pytest.approx(1.0, rel=0.02)
 
 
@@ -90,9 +90,9 @@ def test_a_machine_that_slows_down_does_not_change_the_order_of_shapes() -> None
     cost = SeenCost(TABLE)
     for drafts, ratio in ((0, 1.0), (2, 1.2)):
         for _ in range(40):
-            cost.observe(4, drafts, 4, drafts, 0.0, ratio * TABLE.step(4 * (drafts + 1), 4, drafts))
+            cost.observe(4, drafts, 1.0, ratio)
     for _ in range(60):
-        cost.observe(4, 2, 4, 2, 0.0, 2 * 1.2 * TABLE.step(12, 4, 2))
+        cost.observe(4, 2, 1.0, 2 * 1.2)
     assert cost.correction(4, 2) == pytest.approx(2.4, rel=0.02)
     assert cost.correction(4, 0) / cost.correction(4, 2) == pytest.approx(1.0 / 1.2, rel=0.05)
 
@@ -100,7 +100,7 @@ def test_a_machine_that_slows_down_does_not_change_the_order_of_shapes() -> None
 def test_saved_corrections_come_back() -> None:
     cost = SeenCost(TABLE)
     for _ in range(3):
-        cost.observe(4, 3, 4, 3, 0.0, 1.5 * TABLE.step(16, 4, 3))
+        cost.observe(4, 3, 1.0, 1.5)
     again = SeenCost(TABLE)
     again.from_json(json.loads(json.dumps(cost.to_json())))
     assert again.known(4, 3) and again.correction(4, 3) == pytest.approx(1.5)

@@ -80,7 +80,8 @@ def simulate(
             policy.observe_accepted({i: (k, a) for i, k, a in results})
         if set(lengths) == {shape.nodes}:
             outlier = 10.0 if rng.random() < 0.01 else 1.0
-            policy.observe_seconds(batch, shape.nodes, 0.0, seconds * np.exp(rng.normal() * noise) * outlier)
+            seen = seconds * np.exp(rng.normal() * noise) * outlier
+            policy.observe_seconds(batch, shape, 0.0, seen, shape.nodes, shape.depth)
         lengths[:] = cut
     return run
 
@@ -144,6 +145,43 @@ def test_without_a_table_it_measures_as_it_serves(batch: int) -> None:
     simulate(policy, TABLES["cpu"], batch, CURVES["published"], 100, rng, lengths)
     later = simulate(policy, TABLES["cpu"], batch, CURVES["published"], 300, rng, lengths)
     assert later.tokens / later.seconds >= 0.96 * best_fixed(TABLES["cpu"], batch, CURVES["published"])
+
+
+def test_chains_that_stop_early_are_worth_what_they_get() -> None:
+    """Half of the drafts are sure to hold and the chain goes on, half rarely do and it stops after them."""
+    table, rng = TABLES["cpu"], np.random.default_rng(0)
+    policy, verified = new_policy(CostTable.guess()), 0
+    accepted = 0
+
+    def draft(most: int) -> tuple[int, int]:
+        sure = int(min(rng.geometric(0.5) - 1, most))
+        return min(sure + 1, most), sure + int(sure < most and rng.random() < 0.2)
+
+    def seconds(verified: int, made: int) -> float:
+        return table.step(verified + 1, 1, made) * float(np.exp(rng.normal() * 0.02))
+
+    def fixed(most: int) -> float:
+        lengths = [draft(most) if most else (0, 0) for _ in range(4000)]
+        return sum(1 + a for _, a in lengths) / sum(seconds(n, n) for n, _ in lengths)
+
+    told, speed = 0, []
+    for _ in range(800):
+        shape = policy.choose(1)
+        made, accepted_next = draft(shape.nodes) if shape.nodes else (0, 0)
+        took = seconds(verified, made)
+        speed.append((1 + accepted, took))
+        if told:
+            policy.observe_accepted({"a": (told, accepted)})  # what was not drafted was not accepted
+        if told == shape.nodes:
+            policy.observe_lengths(shape, [made])
+            policy.observe_seconds(1, shape, 0.0, took, verified, made)
+        told, verified, accepted = shape.nodes, made, accepted_next
+    tokens, took = np.array(speed[200:]).sum(0)
+    best = max(fixed(k) for k in range(K_MAX + 1))
+    assert tokens / took >= 0.95 * best
+    drafts, steps = policy.made(Shape(5, 5), 1)
+    assert drafts == steps == pytest.approx(sum(0.5**i for i in range(5)), rel=0.2)
+    assert drafts == policy.made(Shape(5, 5), 8)[0] < policy.made(Shape(5, 5), 8)[1], "the longest decides"
 
 
 @pytest.mark.parametrize("table", TABLES)
@@ -213,7 +251,7 @@ def test_never_outside_the_envelope(
         cut = policy.lengths([str(i) for i in range(batch)], shape)
         assert len(cut) == batch and all(0 <= k <= shape.nodes for k in cut)
         policy.observe_accepted({str(i): (k, min(accepted, k)) for i, k in enumerate(cut)})
-        policy.observe_seconds(batch, shape.nodes, 0.0, seconds)
+        policy.observe_seconds(batch, shape, 0.0, seconds, shape.nodes, shape.depth)
         assert all(0.0 <= r <= 1.0 for r in policy.acceptance[0].rates())
 
 

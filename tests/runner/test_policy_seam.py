@@ -6,6 +6,7 @@ import logging
 from types import SimpleNamespace
 
 import pytest
+import torch
 from closed_form import greedy_text, write_draft
 from engines import speculative, token_ids
 from random_llama import write_draft as write_random_draft
@@ -13,8 +14,9 @@ from random_llama import write_target as write_random_target
 from vllm import SamplingParams
 
 from vllm_eagle3.config import Eagle3Options
-from vllm_eagle3.drafting.policy import NOTHING
+from vllm_eagle3.drafting.policy import NOTHING, Shape
 from vllm_eagle3.runner import policy_seam
+from vllm_eagle3.runner.v1 import Eagle3Proposer
 
 GREEDY = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True, detokenize=False)
 AUTO = {"eagle3": {"policy": "auto"}}
@@ -42,7 +44,10 @@ def count_verified(sched, seen):
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-def test_outputs_are_exact_while_the_number_of_drafts_changes_every_step(engine, tmp_path, overlap):
+def test_outputs_are_exact_while_the_number_of_drafts_changes_every_step(
+    engine, tmp_path, monkeypatch, overlap
+):
+    monkeypatch.setattr(Eagle3Proposer, "STOP", 0.0)  # the random draft trusts none of its drafts
     target = write_random_target(tmp_path / "target")
     draft = write_random_draft(tmp_path / "draft")
     prompts = [[3, 9, 27 + 5 * i, 81] for i in range(4)]
@@ -60,6 +65,30 @@ def test_outputs_are_exact_while_the_number_of_drafts_changes_every_step(engine,
     ]
     assert token_ids(llm, prompts, GREEDY) == expected
     assert {k for step in verified for k in step} == {0, 1, 2, 3, 4}
+
+
+def test_outputs_are_exact_while_chains_stop_early(engine, tmp_path, monkeypatch):
+    target = write_random_target(tmp_path / "target")
+    draft = write_random_draft(tmp_path / "draft")
+    prompts = [[3, 9, 27 + 5 * i, 81] for i in range(2)]
+    expected = token_ids(engine(target), prompts, GREEDY)
+    llm = engine(target, speculative_config=speculative(draft, 6), additional_config=AUTO)
+    sched, verified, trusts = scheduler(llm), [], itertools.cycle([[0.9, 0.9], [0.9, 0.1], [0.1, 0.9]])
+    count_verified(sched, verified)
+    monkeypatch.setattr(sched.draft_policy, "choose", lambda batch, context: sched.draft_policy.by_nodes[6])
+    monkeypatch.setattr(sched.draft_policy, "lengths", lambda requests, *_: [6] * len(requests))
+    drafter = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.drafter
+    sure = type(drafter.model).get_confident_tokens
+
+    def with_trust(self, hidden_states):
+        ids, confidence = sure(self, hidden_states)
+        return ids, torch.tensor(next(trusts)[: len(confidence)])
+
+    monkeypatch.setattr(type(drafter.model), "get_confident_tokens", with_trust)
+    assert token_ids(llm, prompts, GREEDY) == expected
+    assert [3, 2] in verified, "the first request's third draft is the last, the second's its second"
+    drafts, steps = sched.draft_policy.made(Shape(6, 6), 2)
+    assert 2 < drafts < steps < 4, "the policy knows how far chains get"
 
 
 def test_it_learns_acceptance_and_cost_and_keeps_them(

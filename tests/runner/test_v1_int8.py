@@ -47,6 +47,12 @@ def test_drafts_as_well_as_in_bf16(engine):
         token_ids(llm, prompts, SamplingParams(temperature=0, max_tokens=48, ignore_eos=True))
         taus[int8] = 1 + metric(llm, "accepted_tokens") / metric(llm, "drafts")
         core = llm.llm_engine.engine_core.engine_core
-        packed[int8] = len(core.model_executor.driver_worker.worker.model_runner.drafter.model.int8)
+        model = core.model_executor.driver_worker.worker.model_runner.drafter.model
+        packed[int8] = len(model.int8)
+        states = model.model.norm.weight * torch.randn(5, 576).bfloat16()
+        ids, confidence = model.get_confident_tokens(states)
+        want = model.draft_logits(states).float().softmax(dim=-1).max(dim=-1)
+        assert torch.equal(ids, model.draft_to_target[want.indices])
+        torch.testing.assert_close(confidence, want.values, rtol=0.02, atol=0)
     assert packed == {True: 5, False: 0}, "the shipped draft's fc would lose too much"
     assert taus[True] > 0.95 * taus[False] > 1.1

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def survival(rates: Sequence[float]) -> np.ndarray:
-    """Probability that the draft at each depth is accepted: running product of the conditional `rates`."""
-    return np.cumprod(np.asarray(rates, dtype=np.float64))
-
-
 def expected_tokens(rates: Sequence[float], depth: int) -> float:
-    """Tokens a request gains in a step that verifies `depth` drafts: 1 + sum of their survivals (tau)."""
-    return 1.0 + float(survival(rates[:depth]).sum()) if depth else 1.0
+    """Tokens a request gains in a step that verifies `depth` drafts: 1 + the sum over them of the probability
+    that they are accepted, which is the product of the conditional `rates` down to there (tau)."""
+    tokens = survival = 1.0
+    for rate in rates[:depth]:
+        survival *= rate
+        tokens += survival
+    return tokens
 
 
 class Acceptance:
@@ -34,22 +34,26 @@ class Acceptance:
         weight: float = 2.0,
     ) -> None:
         self.window, self.min_steps, self.weight = window, min_steps, weight
-        self._tried = np.zeros(max_depth)
-        self._accepted = np.zeros(max_depth)
+        self._tried = [0.0] * max_depth
+        self._accepted = [0.0] * max_depth
         if prior is not None:  # the first depth's prior fades like observations do
-            self._tried[:1], self._accepted[:1] = 6.0, 6.0 * prior
+            self._tried[:1], self._accepted[:1] = [6.0], [6.0 * prior]
 
     def observe(self, drafted: Sequence[int], accepted: Sequence[int], keep: float = 1.0) -> None:
         """One step: how deep each request drafted and how many drafts were accepted.
 
         keep: at most this share of what was known stays (a probe after a long pause: trust the past less).
         """
-        levels = np.arange(len(self._tried))
-        drafted_, accepted_ = (np.asarray(values)[:, None] for values in (drafted, accepted))
-        tried = ((levels < drafted_) & (levels <= accepted_)).sum(0)
+        deepest = len(self._tried)
+        tried, passed = [0] * deepest, [0] * deepest  # at each depth; plain Python, as it runs in every step
+        for depth, good in zip(drafted, accepted, strict=True):
+            for level in range(min(good + 1, depth, deepest)):
+                tried[level] += 1
+            for level in range(min(good, depth, deepest)):
+                passed[level] += 1
         keep = min(keep, 1.0 - min(tried[0] / self.window, 1.0 / self.min_steps))
-        self._tried = self._tried * keep + tried
-        self._accepted = self._accepted * keep + ((levels < drafted_) & (levels < accepted_)).sum(0)
+        self._tried = [keep * old + new for old, new in zip(self._tried, tried, strict=True)]
+        self._accepted = [keep * old + new for old, new in zip(self._accepted, passed, strict=True)]
 
     def rates(self, like: Sequence[float] = ()) -> list[float]:
         """Conditional acceptance at depth 1, 2, ..., in [0, 1]. `like` replaces the prior where given."""
@@ -57,7 +61,7 @@ class Acceptance:
         for depth, (tried, accepted) in enumerate(zip(self._tried, self._accepted, strict=True)):
             above = out[-1] if out else accepted / max(tried, 1e-9)
             prior = like[depth] if depth < len(like) else above
-            out.append(float((accepted + self.weight * prior) / (tried + self.weight)))
+            out.append((accepted + self.weight * prior) / (tried + self.weight))
         return out
 
 

@@ -14,6 +14,7 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 
 FORMAT = 1  # of the JSON file
@@ -83,7 +84,7 @@ class CostTable:
         by_context = {c: interpolate(curve, tokens) for c, curve in self.target.items()}
         return interpolate(by_context, max(context, min(by_context)))
 
-    def step(self, tokens: float, draft_rows: float, depth: int, context: float = 0.0) -> float:
+    def step(self, tokens: float, draft_rows: float, depth: float, context: float = 0.0) -> float:
         """Seconds of a decode step that verifies and drafts.
 
         tokens: rows the target sees (requests + drafts to verify); draft_rows: rows of each draft step;
@@ -149,27 +150,22 @@ class SeenCost:
         self._count = 0
         self._level = 1.0
         self._streak: tuple[tuple[int, int] | None, int] = (None, 0)
-        self._memo: dict[tuple[int, int, int, int], float] = {}
+        self._step = lru_cache(maxsize=4096)(table.step)
 
-    def base(self, tokens: int, rows: int, depth: int, context: float) -> float:
-        """Uncorrected CostTable.step, remembered; contexts count in steps of 64."""
-        key = (tokens, rows, depth, round(context / 64))
-        seconds = self._memo.get(key)
-        if seconds is None:
-            seconds = self._memo[key] = max(self.table.step(tokens, rows, depth, 64.0 * key[3]), 1e-9)
-        return seconds
+    def base(self, tokens: float, rows: int, depth: float, context: float) -> float:
+        """Uncorrected CostTable.step; contexts count in steps of 64."""
+        return max(self._step(tokens, rows, depth, 64.0 * round(context / 64)), 1e-9)
 
-    def step(self, batch: int, drafts: int, rows: int, depth: int, context: float = 0.0) -> float:
-        """Seconds of a step of `batch` requests with `drafts` drafts each (see CostTable.step)."""
-        return self.base(batch * (drafts + 1), rows, depth, context) * self.correction(batch, drafts)
+    def observe(self, batch: int, drafts: int, base: float, seconds: float) -> None:
+        """Learn from a pure decode step told to verify and to make `drafts` drafts a request.
 
-    def observe(self, batch: int, drafts: int, rows: int, depth: int, context: float, seconds: float) -> None:
-        """Learn from a pure decode step in which the number of drafts verified equals the number drafted."""
+        base: what `base` says of the work the step really did, which is less where drafting stopped early.
+        """
         if seconds <= 0.0:
             raise ValueError(f"a step takes more than 0 seconds, found {seconds}")
         self._count += 1
         cell = (bucket(batch), drafts)
-        ratio = seconds / self.base(batch * (drafts + 1), rows, depth, context) / self._level
+        ratio = seconds / base / self._level
         before, length = self._streak
         self._streak = (cell, length + 1 if cell == before else 1)
         self._last[cell] = self._count

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
 
 import numpy as np
 
@@ -82,7 +84,11 @@ class Policy:
             f: Acceptance(depth, prior if f == first else None)
             for f in sorted({s.family for s in self.shapes})
         }
+        self.continued = Acceptance(max(depth - 1, 0), prior=1.0)
+        """Not of the target: whether chains go on after each draft, or stop early for want of confidence."""
         self.requests: dict[str, tuple[float, float]] = {}  # drafts that had their chance, accepted; fading
+        self._gains: dict[int, float] = {}  # by nodes, until the next observation
+        self._going_on: list[float] = []  # share of chains longer than 1, 2, ..., until the next observation
         self.current: Shape | None = None
         self._credit: float | None = None  # seconds that probes may cost; the first choice grants two steps
         self._probe: Shape | None = None
@@ -103,26 +109,44 @@ class Policy:
 
     def gain(self, shape: Shape) -> float:
         """Expected tokens of a request in a step with this shape."""
-        return expected_tokens(self.rates()[shape.family], shape.depth)
+        if not self._gains:
+            rates = self.rates()
+            self._gains = {s.nodes: expected_tokens(rates[s.family], s.depth) for s in self.shapes}
+        return self._gains[shape.nodes]
+
+    def made(self, shape: Shape, batch: int) -> tuple[float, float]:
+        """Drafts that a request told to draft `shape` gets on average, and draft steps of the batch; in eighths."""
+        if shape.width > 1 or shape.depth < 2:
+            return shape.nodes, shape.depth
+        if not self._going_on:
+            self._going_on = list(accumulate(self.continued.rates(), mul))
+        going_on = self._going_on[: shape.depth - 1]
+        steps = sum(1.0 - (1.0 - share) ** batch for share in going_on)
+        return round(8 + 8 * sum(going_on)) / 8, round(8 + 8 * steps) / 8
 
     def seconds(self, shape: Shape, batch: int, context: float) -> float:
         """Expected seconds of a step with this shape."""
-        return self.cost.step(batch, shape.nodes, batch * shape.width, shape.depth, context)
+        base = self._base(shape, batch, context, *self.made(shape, batch))
+        return base * self.cost.correction(batch, shape.nodes)
+
+    def _base(self, shape: Shape, batch: int, context: float, verified: float, steps: float) -> float:
+        """Uncorrected seconds of a step that verifies `verified` drafts a request and takes `steps` draft steps."""
+        return self.cost.base(batch * (verified + 1), batch * shape.width, steps, context)
 
     def best(self, batch: int, context: float = 0.0) -> Shape:
         """The smallest shape within TIE of the most expected tokens per second.
 
         A larger shape never counts as faster than a smaller one, whatever noise made it look so.
         """
-        rates = self.rates()
-        gains = np.array([expected_tokens(rates[s.family], s.depth) for s in self.shapes])
+        gains = np.array([self.gain(s) for s in self.shapes])
         factors = [self.cost.correction(batch, s.nodes) for s in self.shapes]
+        made = [self.made(s, batch) for s in self.shapes]
         loads = {1 << i for i in range(bucket(batch))} | {batch}
         allowed = len(self.shapes)
         for load in sorted(loads):
             seconds = [
-                f * self.cost.base(load * (s.nodes + 1), load * s.width, s.depth, context)
-                for f, s in zip(factors, self.shapes[:allowed], strict=False)
+                factor * self._base(shape, load, context, *n)
+                for factor, shape, n in zip(factors, self.shapes[:allowed], made, strict=False)
             ]
             speeds = gains[:allowed] / np.maximum.accumulate(seconds)
             allowed = int(np.argmax(speeds >= (1.0 - self.TIE) * speeds.max())) + 1
@@ -211,6 +235,7 @@ class Policy:
 
     def observe_accepted(self, results: Mapping[str, tuple[int, int]]) -> None:
         """One step's verification: request id -> (nodes verified, drafts accepted); nodes = 0 is ignored."""
+        self._gains = {}
         families: dict[int, list[tuple[int, int]]] = {}
         for request, (nodes, accepted) in results.items():
             shape = self.by_nodes.get(nodes) or Shape(nodes, nodes)  # a cut chain
@@ -224,11 +249,19 @@ class Policy:
             keep = self.PROBE_KEEP if self.current == NOTHING else 1.0
             self.acceptance[family].observe([d for d, _ in pairs], [a for _, a in pairs], keep)
 
-    def observe_seconds(self, batch: int, nodes: int, context: float, seconds: float) -> None:
-        """One pure decode step that verified and drafted `nodes` drafts for each of `batch` requests."""
-        shape = self.by_nodes.get(nodes)
-        if shape is not None:
-            self.cost.observe(batch, nodes, batch * shape.width, shape.depth, context, seconds)
+    def observe_lengths(self, shape: Shape, lengths: Sequence[int]) -> None:
+        """How many drafts the requests of a batch told to draft `shape` got: fewer where chains stopped early."""
+        if shape.width == 1 and shape.depth > 1:
+            self._going_on = []
+            self.continued.observe([shape.depth - 1] * len(lengths), [max(n - 1, 0) for n in lengths])
+
+    def observe_seconds(
+        self, batch: int, shape: Shape, context: float, seconds: float, verified: float, steps: int
+    ) -> None:
+        """One pure decode step told to verify and to make `shape` for each of `batch` requests; it really verified
+        `verified` drafts a request, and took `steps` draft steps."""
+        base = self._base(shape, batch, context, verified, steps)
+        self.cost.observe(batch, shape.nodes, base, seconds)
 
     def forget(self, request: str) -> None:
         """The request is over."""
@@ -237,11 +270,11 @@ class Policy:
     # -- who gets the budget
 
     def lengths(self, requests: Sequence[str], shape: Shape, context: float = 0.0) -> list[int]:
-        """How many of the drafts are worth verifying for each request (of a tree: all)."""
+        """How many of the drafts are worth verifying for each request (of a tree, or of one request: all)."""
         if self.probing:
             first, few = self._turn, self._probers(len(requests))
             return [shape.nodes * ((i - first) % len(requests) < few) for i in range(len(requests))]
-        if shape.width > 1 or shape == NOTHING:
+        if shape.width > 1 or shape == NOTHING or len(requests) == 1:
             return [shape.nodes] * len(requests)
         rates = np.array(self.acceptance[0].rates()[: shape.depth])
         mean = float(rates.mean())

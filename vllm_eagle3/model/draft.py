@@ -96,14 +96,21 @@ class _DraftMixin(nn.Module):
     def get_top_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Most likely target ids [n] int64 for normed outputs [n, h]: argmax in the draft vocabulary, then mapped."""
         if self.lm_head in self.int8:
-            logits = self.int8[self.lm_head](hidden_states)[:, : self.draft_config.draft_vocab_size]
-            ids = logits.max(dim=-1).indices  # several times faster than argmax, which is scalar in bf16
+            # max is several times faster than argmax, which is scalar in bf16
+            ids = self.draft_logits(hidden_states).max(dim=-1).indices
         else:
             ids = self.logits_processor.get_top_tokens(self.lm_head, hidden_states)
         return ids if self.draft_to_target is None else self.draft_to_target[ids]
 
+    def get_confident_tokens(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`get_top_tokens`, and the draft's probability of each [n], for normed outputs [n, h]."""
+        confidence, ids = self.draft_logits(hidden_states).log_softmax(dim=-1).max(dim=-1)
+        return ids if self.draft_to_target is None else self.draft_to_target[ids], confidence.float().exp()
+
     def draft_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Logits [n, draft_vocab] for normed outputs [n, h], not scattered into the target's vocabulary."""
+        if self.lm_head in self.int8:
+            return self.int8[self.lm_head](hidden_states)[:, : self.draft_config.draft_vocab_size]
         return self.logits_processor(self.lm_head, hidden_states)
 
     def step(

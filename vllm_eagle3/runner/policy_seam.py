@@ -43,7 +43,7 @@ def install(vllm_config: VllmConfig, options: Eagle3Options) -> bool:
     if options.policy != "auto" or spec is None or spec.method != "eagle3":
         return False
     scheduler = vllm_config.scheduler_config
-    if scheduler.scheduler_cls == SCHEDULER:
+    if in_charge(vllm_config):
         return True
     reason = None
     if spec.num_speculative_tokens_per_batch_size is not None:
@@ -76,6 +76,11 @@ def _sizes(most: int, options: Eagle3Options, every: bool) -> list[int]:
     if options.tree is not None:
         return sorted({0, *(max(round(share * most), 1) for share in TREE_SHARES)})
     return sorted({0, most, *(k for k in (range(most) if every else GPU_LENGTHS) if k < most)})
+
+
+def in_charge(vllm_config: VllmConfig) -> bool:
+    """Whether the policy decides how much this engine drafts."""
+    return vllm_config.scheduler_config.scheduler_cls == SCHEDULER
 
 
 def build_scheduler(vllm_config: VllmConfig, **kwargs: Any) -> Scheduler:
@@ -142,7 +147,8 @@ class PolicyMixin(Scheduler):
         super().__init__(*args, **kwargs)
         self.draft_policy, self._cost_key = build_policy(self.vllm_config)
         self._shape = NOTHING
-        self._lengths: dict[str, int] = {}  # drafts to verify next, where fewer than drafted
+        self._missing: dict[str, int] = {}  # drafts a request was told to make and did not: it stopped early
+        self._seen: tuple[int, Shape, float, float, float] | None = None  # of a step whose drafts are not in
         self._last_update: float | None = None  # None: the engine was idle since
         # Requests that verify different numbers of drafts don't fit the full graphs of uniform batches.
         self._ragged = not self.vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
@@ -165,9 +171,14 @@ class PolicyMixin(Scheduler):
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
         """Synchronous scheduling: keep of each request's drafts what is worth verifying."""
-        cut = self._cut(draft_token_ids.req_ids)
+        told = self._shape.nodes
+        self._teach([len(ids) for ids in draft_token_ids.draft_token_ids])
+        cut, self._missing = self._cut(draft_token_ids.req_ids), {}
         for request, ids in zip(draft_token_ids.req_ids, draft_token_ids.draft_token_ids, strict=True):
-            del ids[cut.get(request, len(ids)) :]
+            if cut.get(request, told) < len(ids):
+                del ids[cut[request] :]
+            else:
+                self._missing[request] = max(told - len(ids), 0)
         super().update_draft_token_ids(draft_token_ids)
 
     def update_from_output(
@@ -180,6 +191,10 @@ class PolicyMixin(Scheduler):
             self._observe_seconds(scheduler_output, now - self._last_update)
         for request in scheduler_output.finished_req_ids:
             self.draft_policy.forget(request)
+        if self.scheduler_config.async_scheduling:
+            self._teach(
+                [scheduler_output.num_spec_tokens_to_schedule] * len(scheduler_output.num_scheduled_tokens)
+            )
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         self._last_update = now if self.running else None
         return outputs
@@ -193,22 +208,33 @@ class PolicyMixin(Scheduler):
                 output.sampled_token_ids[index] if output.sampled_token_ids and index is not None else ()
             )
             if len(sampled):
-                results[request] = (len(drafts) - invalid.get(request, 0), len(sampled) - 1)
+                verified = len(drafts) - invalid.get(request, 0)
+                results[request] = (verified + self._missing.get(request, 0), len(sampled) - 1)
         self.draft_policy.observe_accepted(results)
 
     def _observe_seconds(self, step: SchedulerOutput, seconds: float) -> None:
-        """Steps count that only decode and verify as many drafts, of every request, as they draft."""
+        """Steps count that only decode and were told to verify as many drafts, of every request, as to make."""
+        self._seen = None
         drafts = step.num_spec_tokens_to_schedule
-        width = drafts + 1
-        if step.scheduled_new_reqs or not step.num_scheduled_tokens:
-            return
         batch = len(step.num_scheduled_tokens)
-        if all(n == width for n in step.num_scheduled_tokens.values()) and (
-            drafts == 0 or len(step.scheduled_spec_decode_tokens) == batch
+        if step.scheduled_new_reqs or not batch:
+            return
+        if all(
+            n + self._missing.get(r, 0) == drafts + 1
+            and (drafts == 0 or r in step.scheduled_spec_decode_tokens)
+            for r, n in step.num_scheduled_tokens.items()
         ):
-            self.draft_policy.observe_seconds(
-                len(step.num_scheduled_tokens), drafts, self._context(), seconds
-            )
+            shape = self.draft_policy.by_nodes[drafts]
+            verified = sum(step.num_scheduled_tokens.values()) / batch - 1
+            self._seen = (batch, shape, self._context(), seconds, verified)
+
+    def _teach(self, lengths: list[int]) -> None:
+        """Tell the policy of the last step, now that it is known how many drafts it made for each request."""
+        if self._seen is not None:
+            shape = self._seen[1]
+            self.draft_policy.observe_lengths(shape, lengths)
+            self.draft_policy.observe_seconds(*self._seen, min(max(lengths), shape.depth))
+        self._seen = None
 
     def shutdown(self) -> None:
         """Keep what was learned about cost for the next start."""

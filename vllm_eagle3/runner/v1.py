@@ -14,6 +14,7 @@ from vllm.v1.spec_decode.llm_base_proposer import compute_probs_and_sample_next_
 
 from vllm_eagle3.config import Eagle3Options
 from vllm_eagle3.model.activate import activate
+from vllm_eagle3.runner.policy_seam import in_charge
 from vllm_eagle3.runner.report import report
 
 logger = logging.getLogger("vllm.eagle3")
@@ -27,6 +28,9 @@ class Eagle3Proposer(EagleProposer):
     """
 
     model: Any
+    STOP = 0.2
+    """Under policy "auto", a chain goes on while the draft gives it this probability of holding so far. See
+    docs/policy.md."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any = None) -> None:
         self.ours = activate(vllm_config)
@@ -38,6 +42,12 @@ class Eagle3Proposer(EagleProposer):
         super().__init__(vllm_config, device, runner)
         # Where nothing is captured in graphs, one step over the drafting rows beats vLLM's padded loop.
         self.direct = self.ours is not None and device.type == "cpu"
+        self.may_stop = (
+            self.direct
+            and in_charge(vllm_config)
+            and not vllm_config.scheduler_config.async_scheduling  # which has promised the drafts already
+            and vllm_config.parallel_config.tensor_parallel_size == 1  # otherwise no rank sees all logits
+        )
 
     def load_model(self, target_model: torch.nn.Module) -> None:
         super().load_model(target_model)
@@ -66,7 +76,7 @@ class Eagle3Proposer(EagleProposer):
         probs[:, self.model.draft_to_target] = draft_probs
         return self.model.draft_to_target[ids], probs
 
-    def propose(
+    def propose(  # type: ignore[override]  # the runner takes lists too, as from vLLM's n-gram proposer
         self,
         num_speculative_tokens: int,
         target_token_ids: torch.Tensor,
@@ -79,8 +89,9 @@ class Eagle3Proposer(EagleProposer):
         mm_embed_inputs: Any = None,
         num_rejected_tokens_gpu: torch.Tensor | None = None,
         slot_mappings: Any = None,
-    ) -> torch.Tensor:
-        """Draft ids [batch, num_speculative_tokens]; arguments as upstream's."""
+    ) -> torch.Tensor | list[list[int]]:
+        """Draft ids [batch, num_speculative_tokens], or a list a request where chains may stop early; arguments
+        as upstream's."""
         if not self.direct or self.supports_mm_inputs or self.uses_mrope:
             return super().propose(
                 num_speculative_tokens,
@@ -121,7 +132,14 @@ class Eagle3Proposer(EagleProposer):
         positions = target_positions[token_indices_to_sample]
         ids: list[torch.Tensor] = []
         probs: list[torch.Tensor] = []
+        sampled = self._enable_probabilistic_draft_probs and not sampling_metadata.all_greedy
+        may_stop = self.may_stop and not sampled
+        trust, lengths = torch.ones(cad.num_reqs), torch.zeros(cad.num_reqs, dtype=torch.int64)
         for index in range(num_speculative_tokens):
+            going_on = trust >= self.STOP
+            if not going_on.any():
+                break
+            lengths += going_on
             if index > 0:
                 self.positions[: len(positions)] = positions
                 positions = self._update_positions_dependent_metadata(
@@ -130,13 +148,20 @@ class Eagle3Proposer(EagleProposer):
                 hidden_states, g = self.model.step(
                     ids[-1], g, positions, cad.slot_mapping, self._metadata(cad, index)
                 )
-            step_ids, step_probs = self._sample_draft_tokens(hidden_states, sampling_metadata)
+            if may_stop and index + 1 < num_speculative_tokens:
+                step_ids, confidence = self.model.get_confident_tokens(hidden_states)
+                trust, step_probs = trust * confidence, None
+            else:
+                step_ids, step_probs = self._sample_draft_tokens(hidden_states, sampling_metadata)
             ids.append(step_ids)
             if step_probs is not None:
                 probs.append(step_probs)
         if probs:
             self._last_draft_probs = torch.stack(probs, dim=1).contiguous()
-        return torch.stack(ids, dim=1)
+        drafts = torch.stack(ids, dim=1)
+        if not may_stop:
+            return drafts
+        return [row[:n] for row, n in zip(drafts.tolist(), lengths.tolist(), strict=True)]
 
     def _one_query_per_request(
         self, cad: CommonAttentionMetadata, num_rejected: torch.Tensor | None
