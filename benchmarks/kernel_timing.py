@@ -241,9 +241,15 @@ def run(
     data: str,
     argv: Sequence[str] | None,
     rows: tuple[int, ...] = ROWS,
+    cuda_only: str | None = None,
 ) -> None:
-    """A benchmark's command line: `bench` for every model and number of rows asked for."""
+    """A benchmark's command line: `bench` for every model and number of rows asked for.
+
+    cuda_only: why a real run needs a CUDA device, if it does; raises SystemExit without one.
+    """
     options = parse(description or "", argv, rows)
+    if cuda_only and torch.device(options.device).type != "cuda" and not options.dry_run:
+        raise SystemExit(f"this benchmark needs a CUDA device: {cuda_only}")
     roofline = measure_roofline(options)
     cases = [(model, n) for model in options.models for n in options.rows]
     results = [bench(model, n, options, roofline) for model, n in tqdm(cases, disable=options.dry_run)]

@@ -94,7 +94,7 @@ def main() -> int:
         "provenance": made,
     }
     print(f"\ngreedy fp32 texts identical: {identical}")
-    print(f"tau {report['tau']:.2f} tokens a verification; acceptance by position "
+    print(f"chains of {args.num_speculative_tokens}: tau {report['tau']:.2f}; acceptance by position "
           + ", ".join(f"{share:.2f}" for share in report["n_alpha"]))  # fmt: skip
     for mode, name in (("none", "no speculation"), ("native", "stock eagle3"), ("auto", "vllm-eagle3")):
         print(f"{name:15} {results[mode]['tokens_per_s']:7.1f} tokens/s")

@@ -281,6 +281,20 @@ def test_the_budget_goes_to_the_requests_most_likely_to_accept() -> None:
     assert policy.lengths(["easy", "hard"], Shape(4, 4))[0] < 4 or "easy" not in policy.requests
 
 
+def test_the_budget_knows_which_drafts_were_made() -> None:
+    """Long chains are there because their drafts are good; the share of chains that go so far says so."""
+    policy, shape = new_policy(TABLES["cpu"]), Shape(5, 5)
+    for _ in range(100):  # two of four stop after one draft that fails, two go on, and hold
+        policy.observe_lengths(shape, [5, 5, 1, 1])
+        policy.observe_accepted({"a": (5, 4), "b": (5, 5), "c": (5, 0), "d": (5, 0)})
+    policy.requests.clear()
+    assert policy.lengths(list("abcd"), shape, made=[5, 1, 5, 1]) == [5, 1, 5, 1]
+    bad = new_policy(TABLES["bad"])
+    for _ in range(100):
+        bad.observe_accepted({"a": (5, 1), "b": (5, 0)})
+    assert sum(bad.lengths(["a", "b"], shape, made=[5, 3])) < 8, "but what does not hold is cut"
+
+
 def test_acceptance_counts_only_the_requests_that_reached_a_depth() -> None:
     acceptance = Acceptance(3, window=1e9, min_steps=10**9)
     for _ in range(2000):

@@ -14,7 +14,8 @@ from random_llama import write_target as write_random_target
 from vllm import SamplingParams
 
 from vllm_eagle3.config import Eagle3Options
-from vllm_eagle3.drafting.policy import NOTHING, Shape
+from vllm_eagle3.drafting.cost import CostTable
+from vllm_eagle3.drafting.policy import NOTHING, Policy, Shape, chains
 from vllm_eagle3.runner import policy_seam
 from vllm_eagle3.runner.v1 import Eagle3Proposer
 
@@ -60,7 +61,7 @@ def test_outputs_are_exact_while_the_number_of_drafts_changes_every_step(
     turn = itertools.cycle([0, 4, 1, 0, 0, 3, 2, 4])
     sched.draft_policy.choose = lambda batch, context: sched.draft_policy.by_nodes[next(turn)]
     lengths = itertools.cycle(itertools.permutations([0, 1, 2, 4]))
-    sched.draft_policy.lengths = lambda requests, shape, context: [
+    sched.draft_policy.lengths = lambda requests, shape, context, made: [
         min(k, shape.nodes) for k in itertools.islice(itertools.cycle(next(lengths)), len(requests))
     ]
     assert token_ids(llm, prompts, GREEDY) == expected
@@ -76,7 +77,7 @@ def test_outputs_are_exact_while_chains_stop_early(engine, tmp_path, monkeypatch
     sched, verified, trusts = scheduler(llm), [], itertools.cycle([[0.9, 0.9], [0.9, 0.1], [0.1, 0.9]])
     count_verified(sched, verified)
     monkeypatch.setattr(sched.draft_policy, "choose", lambda batch, context: sched.draft_policy.by_nodes[6])
-    monkeypatch.setattr(sched.draft_policy, "lengths", lambda requests, *_: [6] * len(requests))
+    monkeypatch.setattr(sched.draft_policy, "lengths", lambda requests, shape, context, made: made)
     drafter = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.drafter
     sure = type(drafter.model).get_confident_tokens
 
@@ -89,6 +90,42 @@ def test_outputs_are_exact_while_chains_stop_early(engine, tmp_path, monkeypatch
     assert [3, 2] in verified, "the first request's third draft is the last, the second's its second"
     drafts, steps = sched.draft_policy.made(Shape(6, 6), 2)
     assert 2 < drafts < steps < 4, "the policy knows how far chains get"
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_up_to_the_longest_sequence(engine, tmp_path, drafts):
+    """There vLLM hands out as many zeros as there could be drafts, however many were asked for."""
+    target = write_random_target(tmp_path / "target")
+    draft = write_random_draft(tmp_path / "draft")
+    prompts = [[3 + i % 90 for i in range(n)] for n in (236, 200)]
+    expected = token_ids(engine(target), prompts, GREEDY)
+    assert len(expected[0]) == 20, "the longest sequence is 256 tokens"
+    llm = engine(target, speculative_config=speculative(draft, 6), additional_config=AUTO)
+    sched = scheduler(llm)
+    sched.draft_policy.choose = lambda batch, context: sched.draft_policy.by_nodes[drafts]
+    assert token_ids(llm, prompts, GREEDY) == expected
+
+
+def test_asynchronous_scheduling_learns_at_once(monkeypatch):
+    sched = object.__new__(policy_seam.AsyncPolicyScheduler)
+    sched.draft_policy = Policy(CostTable.guess(), chains([1, 2]))
+    sched.scheduler_config = SimpleNamespace(async_scheduling=True)
+    sched.running = [SimpleNamespace(num_computed_tokens=9)]
+    sched._drafted, sched._untaught, sched._last_update = {}, None, 0.0
+    monkeypatch.setattr(policy_seam.AsyncScheduler, "update_from_output", lambda *_: {})
+    step = SimpleNamespace(
+        num_invalid_spec_tokens=None,
+        scheduled_spec_decode_tokens={"a": [-1, -1]},
+        num_spec_tokens_to_schedule=2,
+        num_scheduled_tokens={"a": 3},
+        scheduled_new_reqs=[],
+        finished_req_ids=set(),
+    )
+    output = SimpleNamespace(req_id_to_index={"a": 0}, sampled_token_ids=[[5, 6, 7]])
+    for _ in range(3):
+        sched.update_from_output(step, output)
+    assert sched.draft_policy.cost.known(1, 2)
+    assert sched.draft_policy.acceptance[0].rates()[1] == pytest.approx(1.0, abs=0.3)
 
 
 def test_it_learns_acceptance_and_cost_and_keeps_them(

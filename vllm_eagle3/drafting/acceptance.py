@@ -36,8 +36,8 @@ class Acceptance:
         self.window, self.min_steps, self.weight = window, min_steps, weight
         self._tried = [0.0] * max_depth
         self._accepted = [0.0] * max_depth
-        if prior is not None:  # the first depth's prior fades like observations do
-            self._tried[:1], self._accepted[:1] = [6.0], [6.0 * prior]
+        if prior is not None and max_depth:  # the first depth's prior fades like observations do
+            self._tried[0], self._accepted[0] = 6.0, 6.0 * prior
 
     def observe(self, drafted: Sequence[int], accepted: Sequence[int], keep: float = 1.0) -> None:
         """One step: how deep each request drafted and how many drafts were accepted.
@@ -77,16 +77,17 @@ def allocate(survivals: np.ndarray, seconds: np.ndarray, margin: float = 0.0) ->
     """Batch-wide budget: verify the drafts most likely to survive, as many as raise tokens per second.
 
     survivals: [requests, depth], non-increasing along depth, so the best n drafts are always prefixes.
-    seconds: [requests * depth + 1], step time when n drafts are verified in all.
+    seconds: [drafts + 1], step time when n drafts are verified in all; of `survivals` that many are drafts, and what
+        is none has to be below 0.
     margin: everything is verified unless leaving some out is faster by more than this share.
     Returns [requests] how many drafts to verify for each. The rule of TETRIS (arXiv 2502.15197) with the
     budget found from the cost.
     """
     requests, depth = survivals.shape
-    order = np.argsort(-survivals.ravel(), kind="stable")
+    order = np.argsort(-survivals.ravel(), kind="stable")[: len(seconds) - 1]
     tokens = requests + np.concatenate([[0.0], np.cumsum(survivals.ravel()[order])])
     speeds = tokens / seconds
     budget = int(np.argmax(speeds))
     if speeds[budget] <= (1.0 + margin) * speeds[-1]:
-        budget = requests * depth
+        budget = len(order)
     return np.bincount(order[:budget] // depth, minlength=requests)

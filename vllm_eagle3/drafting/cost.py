@@ -128,9 +128,10 @@ def bucket(batch: int) -> int:
 
 
 class SeenCost:
-    """A CostTable times the median ratio seen lately, per (batch bucket, number of drafts).
+    """A CostTable times the ratio seen lately, per (batch bucket, number of drafts).
 
-    Medians ignore outliers (a compilation, a preempted core); a cell not refreshed within `max_age`
+    The ratio is that of the summed times, without outliers (a compilation, a preempted core): steps that took
+    less than half or more than twice what the median says. A cell not refreshed within `max_age`
     observations is forgotten, so a cell that was unlucky is tried again. A cell without observations takes
     the correction of the nearest one. While steps of one kind follow each other, a change of their time says
     nothing about that kind: it moves the level of all cells (contexts grow, the machine slows down).
@@ -139,18 +140,18 @@ class SeenCost:
     MIN_SAMPLES = 3
     WINDOW = 61  # ratios a cell remembers
     STREAK = 31  # steps of one kind that go to their own cell; further ones move the level
-    LEVEL_GAIN, LEVEL_CLIP = 0.3, 0.5  # of the logarithm of observed over predicted
+    LEVEL_GAIN, LEVEL_CLIP = 0.1, 0.5  # of the logarithm of observed over predicted
 
     def __init__(self, table: CostTable, max_age: int = 2000) -> None:
         self.table = table
         self.max_age = max_age
-        self._ratios: dict[tuple[int, int], deque[float]] = {}
+        self._ratios: dict[tuple[int, int], deque[tuple[float, float]]] = {}  # ratio, uncorrected seconds
         self._last: dict[tuple[int, int], int] = {}  # observation number of the newest ratio
-        self._median: dict[tuple[int, int], float] = {}  # of the cells with enough ratios
+        self._typical: dict[tuple[int, int], float] = {}  # of the cells with enough ratios
         self._count = 0
         self._level = 1.0
         self._streak: tuple[tuple[int, int] | None, int] = (None, 0)
-        self._step = lru_cache(maxsize=4096)(table.step)
+        self._step = lru_cache(maxsize=1 << 16)(table.step)
 
     def base(self, tokens: float, rows: int, depth: float, context: float) -> float:
         """Uncorrected CostTable.step; contexts count in steps of 64."""
@@ -170,38 +171,40 @@ class SeenCost:
         self._streak = (cell, length + 1 if cell == before else 1)
         self._last[cell] = self._count
         if self._streak[1] > self.STREAK:
-            off = math.log(ratio / self._median[cell])
+            off = math.log(ratio / self._typical[cell])
             self._level *= math.exp(self.LEVEL_GAIN * min(max(off, -self.LEVEL_CLIP), self.LEVEL_CLIP))
         else:
             ratios = self._ratios.setdefault(cell, deque(maxlen=self.WINDOW))
-            ratios.append(ratio)
+            ratios.append((ratio, base))
             if len(ratios) >= self.MIN_SAMPLES:
-                self._median[cell] = statistics.median(ratios)
+                median = statistics.median(r for r, _ in ratios)
+                kept = [(r, b) for r, b in ratios if 0.5 * median <= r <= 2.0 * median]
+                self._typical[cell] = sum(r * b for r, b in kept) / sum(b for _, b in kept)
         for old in [c for c, last in self._last.items() if self._count - last > self.max_age]:
             del self._ratios[old], self._last[old]
-            self._median.pop(old, None)
+            self._typical.pop(old, None)
 
     def known(self, batch: int, drafts: int) -> bool:
         """Whether enough steps of this kind were seen lately."""
-        return (bucket(batch), drafts) in self._median
+        return (bucket(batch), drafts) in self._typical
 
     def correction(self, batch: int, drafts: int) -> float:
         """Observed over predicted time: own cell, else the nearest in batch, then in drafts, else 1."""
-        if not self._median:
+        if not self._typical:
             return self._level
         here = bucket(batch)
-        own = self._median.get((here, drafts))
+        own = self._typical.get((here, drafts))
         if own is None:
-            own = self._median[min(self._median, key=lambda c: (abs(c[0] - here), abs(c[1] - drafts)))]
+            own = self._typical[min(self._typical, key=lambda c: (abs(c[0] - here), abs(c[1] - drafts)))]
         return own * self._level
 
     def to_json(self) -> dict[str, float]:
         """Corrections as {"bucket,drafts": ratio}."""
-        return {f"{b},{k}": ratio * self._level for (b, k), ratio in self._median.items()}
+        return {f"{b},{k}": ratio * self._level for (b, k), ratio in self._typical.items()}
 
     def from_json(self, seen: Mapping[str, float]) -> None:
         """Start from corrections saved earlier; fresh observations replace them."""
         for name, ratio in seen.items():
             b, k = (int(part) for part in name.split(","))
-            self._ratios[b, k] = deque([ratio] * self.MIN_SAMPLES, maxlen=self.WINDOW)
-            self._last[b, k], self._median[b, k] = 0, ratio
+            self._ratios[b, k] = deque([(ratio, 1.0)] * self.MIN_SAMPLES, maxlen=self.WINDOW)
+            self._last[b, k], self._typical[b, k] = 0, ratio

@@ -84,11 +84,11 @@ class Policy:
             f: Acceptance(depth, prior if f == first else None)
             for f in sorted({s.family for s in self.shapes})
         }
-        self.continued = Acceptance(max(depth - 1, 0), prior=1.0)
+        self.going_on = Acceptance(max(depth - 1, 0), prior=1.0)
         """Not of the target: whether chains go on after each draft, or stop early for want of confidence."""
         self.requests: dict[str, tuple[float, float]] = {}  # drafts that had their chance, accepted; fading
         self._gains: dict[int, float] = {}  # by nodes, until the next observation
-        self._going_on: list[float] = []  # share of chains longer than 1, 2, ..., until the next observation
+        self._shares: list[float] = []  # see _going_on_shares; until the next observation
         self.current: Shape | None = None
         self._credit: float | None = None  # seconds that probes may cost; the first choice grants two steps
         self._probe: Shape | None = None
@@ -115,14 +115,20 @@ class Policy:
         return self._gains[shape.nodes]
 
     def made(self, shape: Shape, batch: int) -> tuple[float, float]:
-        """Drafts that a request told to draft `shape` gets on average, and draft steps of the batch; in eighths."""
+        """Drafts that a request told to draft `shape` gets on average, and draft steps of the batch; rounded, so
+        that few sizes are asked for."""
         if shape.width > 1 or shape.depth < 2:
             return shape.nodes, shape.depth
-        if not self._going_on:
-            self._going_on = list(accumulate(self.continued.rates(), mul))
-        going_on = self._going_on[: shape.depth - 1]
+        going_on = self._going_on_shares()[: shape.depth - 1]
         steps = sum(1.0 - (1.0 - share) ** batch for share in going_on)
-        return round(8 + 8 * sum(going_on)) / 8, round(8 + 8 * steps) / 8
+        rows = 8 * batch
+        return round(rows + rows * sum(going_on)) / rows, round(8 + 8 * steps) / 8
+
+    def _going_on_shares(self) -> list[float]:
+        """Share of chains that go on after 1, 2, ... drafts."""
+        if not self._shares:
+            self._shares = list(accumulate(self.going_on.rates(), mul))
+        return self._shares
 
     def seconds(self, shape: Shape, batch: int, context: float) -> float:
         """Expected seconds of a step with this shape."""
@@ -140,13 +146,12 @@ class Policy:
         """
         gains = np.array([self.gain(s) for s in self.shapes])
         factors = [self.cost.correction(batch, s.nodes) for s in self.shapes]
-        made = [self.made(s, batch) for s in self.shapes]
         loads = {1 << i for i in range(bucket(batch))} | {batch}
         allowed = len(self.shapes)
         for load in sorted(loads):
             seconds = [
-                factor * self._base(shape, load, context, *n)
-                for factor, shape, n in zip(factors, self.shapes[:allowed], made, strict=False)
+                factor * self._base(shape, load, context, *self.made(shape, load))
+                for factor, shape in zip(factors, self.shapes[:allowed], strict=False)
             ]
             speeds = gains[:allowed] / np.maximum.accumulate(seconds)
             allowed = int(np.argmax(speeds >= (1.0 - self.TIE) * speeds.max())) + 1
@@ -252,8 +257,8 @@ class Policy:
     def observe_lengths(self, shape: Shape, lengths: Sequence[int]) -> None:
         """How many drafts the requests of a batch told to draft `shape` got: fewer where chains stopped early."""
         if shape.width == 1 and shape.depth > 1:
-            self._going_on = []
-            self.continued.observe([shape.depth - 1] * len(lengths), [max(n - 1, 0) for n in lengths])
+            self._shares = []
+            self.going_on.observe([shape.depth - 1] * len(lengths), [max(n - 1, 0) for n in lengths])
 
     def observe_seconds(
         self, batch: int, shape: Shape, context: float, seconds: float, verified: float, steps: int
@@ -269,18 +274,28 @@ class Policy:
 
     # -- who gets the budget
 
-    def lengths(self, requests: Sequence[str], shape: Shape, context: float = 0.0) -> list[int]:
-        """How many of the drafts are worth verifying for each request (of a tree, or of one request: all)."""
+    def lengths(
+        self, requests: Sequence[str], shape: Shape, context: float = 0.0, made: Sequence[int] | None = None
+    ) -> list[int]:
+        """How many of the drafts are worth verifying for each request (of a tree, or of one request: all).
+
+        made: how many each has, where chains stopped early.
+        """
+        made = [shape.nodes] * len(requests) if made is None else made
         if self.probing:
             first, few = self._turn, self._probers(len(requests))
-            return [shape.nodes * ((i - first) % len(requests) < few) for i in range(len(requests))]
+            return [n * ((i - first) % len(requests) < few) for i, n in enumerate(made)]
         if shape.width > 1 or shape == NOTHING or len(requests) == 1:
-            return [shape.nodes] * len(requests)
+            return list(made)
         rates = np.array(self.acceptance[0].rates()[: shape.depth])
         mean = float(rates.mean())
         counts = np.array([self.requests.get(r, (0.0, 0.0)) for r in requests])
         own = (counts[:, 1] + self.REQUEST_PRIOR * mean) / (counts[:, 0] + self.REQUEST_PRIOR)
         table = np.cumprod(shift_odds(rates[None, :], own[:, None], mean), axis=1)
-        sizes = range(len(requests), len(requests) + table.size + 1)
+        # Those are chances of being made and accepted: given that they are made, the drafts are better.
+        shares = np.array([1.0, *self._going_on_shares()[: shape.depth - 1]])
+        table = np.minimum.accumulate(np.minimum(table / np.maximum(shares, 1e-6), 1.0), axis=1)
+        table[np.arange(shape.depth) >= np.array(made)[:, None]] = -1.0
+        sizes = range(len(requests), len(requests) + sum(made) + 1)
         seconds = [self.cost.base(n, len(requests), shape.depth, context) for n in sizes]
         return allocate(table, np.array(seconds), self.hysteresis).tolist()

@@ -39,7 +39,7 @@ class _DraftMixin(nn.Module):
         options = Eagle3Options.from_additional_config(vllm_config.additional_config)
         self.fused_kernels, self.int8_draft = options.fused_kernels, options.int8_draft
         self.int8: dict[nn.Module, Int8Linear] = {}
-        """Stand-ins of `step` and `get_top_tokens` for layers on a CPU."""
+        """Stand-ins of `step` and `draft_logits` for layers on a CPU."""
         speculative = vllm_config.speculative_config
         assert speculative is not None
         self.source, target = speculative.draft_model_config.model, speculative.target_model_config
@@ -110,7 +110,8 @@ class _DraftMixin(nn.Module):
     def draft_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Logits [n, draft_vocab] for normed outputs [n, h], not scattered into the target's vocabulary."""
         if self.lm_head in self.int8:
-            return self.int8[self.lm_head](hidden_states)[:, : self.draft_config.draft_vocab_size]
+            logits = self.int8[self.lm_head](hidden_states)[:, : self.draft_config.draft_vocab_size]
+            return logits if self.logits_processor.scale == 1.0 else logits * self.logits_processor.scale
         return self.logits_processor(self.lm_head, hidden_states)
 
     def step(

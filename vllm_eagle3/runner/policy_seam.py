@@ -147,8 +147,12 @@ class PolicyMixin(Scheduler):
         super().__init__(*args, **kwargs)
         self.draft_policy, self._cost_key = build_policy(self.vllm_config)
         self._shape = NOTHING
-        self._missing: dict[str, int] = {}  # drafts a request was told to make and did not: it stopped early
-        self._seen: tuple[int, Shape, float, float, float] | None = None  # of a step whose drafts are not in
+        self._drafted: dict[
+            str, tuple[int, int]
+        ] = {}  # by request: drafts to verify, and how many it was told
+        self._untaught: tuple[int, Shape, float, float, float] | None = (
+            None  # of a step whose drafts are not in
+        )
         self._last_update: float | None = None  # None: the engine was idle since
         # Requests that verify different numbers of drafts don't fit the full graphs of uniform batches.
         self._ragged = not self.vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
@@ -162,23 +166,26 @@ class PolicyMixin(Scheduler):
     def _context(self) -> float:
         return sum(r.num_computed_tokens for r in self.running) / max(len(self.running), 1)
 
-    def _cut(self, requests: list[str]) -> dict[str, int]:
-        """How many of the drafts of this step each request will verify, where not all of them."""
+    def _cut(self, requests: list[str], made: list[int]) -> dict[str, int]:
+        """How many of the drafts of this step each request will verify, where not all of those `made`."""
         if not (self._ragged or self.draft_policy.probing) or self._shape == NOTHING:
             return {}
-        lengths = self.draft_policy.lengths(requests, self._shape, self._context())
-        return {r: k for r, k in zip(requests, lengths, strict=True) if k < self._shape.nodes}
+        lengths = self.draft_policy.lengths(requests, self._shape, self._context(), made)
+        return {r: k for r, k, n in zip(requests, lengths, made, strict=True) if k < n}
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
         """Synchronous scheduling: keep of each request's drafts what is worth verifying."""
-        told = self._shape.nodes
-        self._teach([len(ids) for ids in draft_token_ids.draft_token_ids])
-        cut, self._missing = self._cut(draft_token_ids.req_ids), {}
-        for request, ids in zip(draft_token_ids.req_ids, draft_token_ids.draft_token_ids, strict=True):
-            if cut.get(request, told) < len(ids):
-                del ids[cut[request] :]
-            else:
-                self._missing[request] = max(told - len(ids), 0)
+        requests, drafts = draft_token_ids.req_ids, draft_token_ids.draft_token_ids
+        told, made = self._shape.nodes, [len(ids) for ids in drafts]
+        if max(made, default=0) > told:  # no drafts, but the zeros that vLLM makes near the longest sequence
+            made = [0] * len(requests)
+        elif self._untaught is not None:
+            self._teach(made)
+        cut = self._cut(requests, made)
+        for request, ids, length in zip(requests, drafts, made, strict=True):
+            kept = cut.get(request, length)
+            del ids[kept:]
+            self._drafted[request] = (kept, kept if request in cut else told)
         super().update_draft_token_ids(draft_token_ids)
 
     def update_from_output(
@@ -191,10 +198,10 @@ class PolicyMixin(Scheduler):
             self._observe_seconds(scheduler_output, now - self._last_update)
         for request in scheduler_output.finished_req_ids:
             self.draft_policy.forget(request)
-        if self.scheduler_config.async_scheduling:
-            self._teach(
-                [scheduler_output.num_spec_tokens_to_schedule] * len(scheduler_output.num_scheduled_tokens)
-            )
+            self._drafted.pop(request, None)
+        if self.scheduler_config.async_scheduling and self._untaught is not None:
+            batch = len(scheduler_output.num_scheduled_tokens)
+            self._teach([scheduler_output.num_spec_tokens_to_schedule] * batch)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         self._last_update = now if self.running else None
         return outputs
@@ -209,32 +216,34 @@ class PolicyMixin(Scheduler):
             )
             if len(sampled):
                 verified = len(drafts) - invalid.get(request, 0)
-                results[request] = (verified + self._missing.get(request, 0), len(sampled) - 1)
+                made, told = self._drafted.get(request, (verified, verified))
+                # A chain that stopped early: what was not drafted was not accepted.
+                results[request] = (told if verified == made else verified, len(sampled) - 1)
         self.draft_policy.observe_accepted(results)
 
     def _observe_seconds(self, step: SchedulerOutput, seconds: float) -> None:
         """Steps count that only decode and were told to verify as many drafts, of every request, as to make."""
-        self._seen = None
+        self._untaught = None
         drafts = step.num_spec_tokens_to_schedule
-        batch = len(step.num_scheduled_tokens)
-        if step.scheduled_new_reqs or not batch:
+        tokens = step.num_scheduled_tokens
+        if step.scheduled_new_reqs or not tokens:
             return
         if all(
-            n + self._missing.get(r, 0) == drafts + 1
+            (n - 1, drafts) == self._drafted.get(r, (drafts, drafts))
             and (drafts == 0 or r in step.scheduled_spec_decode_tokens)
-            for r, n in step.num_scheduled_tokens.items()
+            for r, n in tokens.items()
         ):
             shape = self.draft_policy.by_nodes[drafts]
-            verified = sum(step.num_scheduled_tokens.values()) / batch - 1
-            self._seen = (batch, shape, self._context(), seconds, verified)
+            verified = sum(tokens.values()) / len(tokens) - 1
+            self._untaught = (len(tokens), shape, self._context(), seconds, verified)
 
     def _teach(self, lengths: list[int]) -> None:
         """Tell the policy of the last step, now that it is known how many drafts it made for each request."""
-        if self._seen is not None:
-            shape = self._seen[1]
-            self.draft_policy.observe_lengths(shape, lengths)
-            self.draft_policy.observe_seconds(*self._seen, min(max(lengths), shape.depth))
-        self._seen = None
+        assert self._untaught is not None
+        shape = self._untaught[1]
+        self.draft_policy.observe_lengths(shape, lengths)
+        self.draft_policy.observe_seconds(*self._untaught, min(max(lengths), shape.depth))
+        self._untaught = None
 
     def shutdown(self) -> None:
         """Keep what was learned about cost for the next start."""
@@ -252,7 +261,8 @@ class AsyncPolicyScheduler(PolicyMixin, AsyncScheduler):
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         super()._update_after_schedule(scheduler_output)
-        cut = self._cut(list(scheduler_output.num_scheduled_tokens))
+        requests = list(scheduler_output.num_scheduled_tokens)
+        cut = self._cut(requests, [self._shape.nodes] * len(requests))
         for request, length in cut.items():
             drafts = self.requests[request].spec_token_ids
             self.requests[request].spec_token_ids = drafts[:length]

@@ -46,7 +46,7 @@ class Eagle3Proposer(EagleProposer):
             self.direct
             and in_charge(vllm_config)
             and not vllm_config.scheduler_config.async_scheduling  # which has promised the drafts already
-            and vllm_config.parallel_config.tensor_parallel_size == 1  # otherwise no rank sees all logits
+            and vllm_config.parallel_config.world_size == 1  # otherwise no rank sees all logits
         )
 
     def load_model(self, target_model: torch.nn.Module) -> None:
