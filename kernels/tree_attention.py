@@ -190,15 +190,17 @@ def tree_attention(
     blocks = cdiv(max_query_len, block_q)
     if splits is None:  # enough programs for two waves
         splits = max(1, min(16, 2 * num_sms(query.device) // max(1, requests * kv_heads * blocks)))
+        splits = 1 << (splits.bit_length() - 1)  # few values: each is a compilation
     shape = (tokens, heads, splits) if splits > 1 else (1,)
     part_max, part_sum = (torch.empty(shape, device=query.device) for _ in "ms")
     part = torch.empty(*shape, head_dim, device=query.device)
     block_d = next_power_of_2(head_dim)
+    tile = 32 if block_d * query.element_size() > 256 else 64  # of shared memory
     _tree_attention_kernel[(requests, kv_heads, blocks * splits)](
         out, part, part_max, part_sum, query, kv_cache, block_table, query_start_loc, seq_lens, root, bits,
         positions, sinks, *(kv_scales or (None, None)), scale, softcap, window, kv_cache.shape[2],
         block_table.stride(0), *kv_cache.stride()[:3], query.stride(0), out.stride(0), heads, GROUP=group,
-        SPLITS=splits, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_Q=block_q, BLOCK_M=block_m, TILE=64,
+        SPLITS=splits, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_Q=block_q, BLOCK_M=block_m, TILE=tile,
         HAS_WINDOW=window > 0, HAS_SOFTCAP=softcap > 0, HAS_SINKS=sinks is not None,
         HAS_KV_SCALE=kv_scales is not None, num_warps=4,
     )  # fmt: skip

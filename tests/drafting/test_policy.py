@@ -181,7 +181,8 @@ def test_chains_that_stop_early_are_worth_what_they_get() -> None:
     assert tokens / took >= 0.95 * best
     drafts, steps = policy.made(Shape(5, 5), 1)
     assert drafts == steps == pytest.approx(sum(0.5**i for i in range(5)), rel=0.2)
-    assert drafts == policy.made(Shape(5, 5), 8)[0] < policy.made(Shape(5, 5), 8)[1], "the longest decides"
+    drafts_of_8, steps_of_8 = policy.made(Shape(5, 5), 8)
+    assert drafts_of_8 == pytest.approx(drafts, rel=0.05) and steps_of_8 > 1.5 * steps, "the longest decides"
 
 
 @pytest.mark.parametrize("table", TABLES)

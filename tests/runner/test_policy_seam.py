@@ -3,6 +3,7 @@
 import itertools
 import json
 import logging
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,8 @@ from engines import speculative, token_ids
 from random_llama import write_draft as write_random_draft
 from random_llama import write_target as write_random_target
 from vllm import SamplingParams
+from vllm.config import CUDAGraphMode
+from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 
 from vllm_eagle3.config import Eagle3Options
 from vllm_eagle3.drafting.cost import CostTable
@@ -174,7 +177,9 @@ def test_it_leaves_a_table_of_the_users_in_charge(engine, closed_form_target, cl
     ("most", "tree", "every", "sizes"),
     [
         (4, None, True, [0, 1, 2, 3, 4]),
-        (8, None, False, [0, 1, 2, 3, 5, 7, 8]),
+        (3, None, False, [0, 1, 3]),
+        (5, None, False, [0, 1, 2, 5]),
+        (8, None, False, [0, 1, 2, 5, 8]),
         (60, {"depth": 6, "topk": 10, "nodes": 60}, False, [0, 15, 30, 60]),
         (1, None, False, [0, 1]),
     ],
@@ -187,6 +192,7 @@ def test_sizes(most, tree, every, sizes):
     ("given", "in_charge"),
     [
         ({"use_v2_model_runner": True}, True),
+        ({"use_v2_model_runner": True, "max_num_seqs": 2}, True),
         ({"use_v2_model_runner": False}, False),  # it would cost full CUDA graphs
         ({"use_v2_model_runner": True, "data_parallel_size": 2}, False),
     ],
@@ -197,14 +203,54 @@ def test_on_a_gpu(given, in_charge, caplog):
     )
     config = SimpleNamespace(
         speculative_config=spec,
-        scheduler_config=SimpleNamespace(scheduler_cls=None, max_num_seqs=8),
+        scheduler_config=SimpleNamespace(scheduler_cls=None, max_num_seqs=given.get("max_num_seqs", 8)),
         parallel_config=SimpleNamespace(data_parallel_size=given.get("data_parallel_size", 1)),
         device_config=SimpleNamespace(device_type="cuda"),
+        compilation_config=SimpleNamespace(cudagraph_capture_sizes=None, max_cudagraph_capture_size=None),
         use_v2_model_runner=given["use_v2_model_runner"],
     )
     logging.getLogger("vllm").propagate = True
     with caplog.at_level(logging.WARNING, "vllm.eagle3"):
         assert policy_seam.install(config, Eagle3Options()) is in_charge
     drafts = [size for _, _, size in spec.num_speculative_tokens_per_batch_size or ()]
-    assert drafts == ([0, 1, 2, 3, 4] if in_charge else [])
+    assert drafts == ([0, 1, 4][-given.get("max_num_seqs", 8) :] if in_charge else [])
     assert ("policy 'auto' is off" in caplog.text) is not in_charge
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 4, 5, 7, 8])
+@pytest.mark.parametrize("requests", [1, 2, 3, 8, 64, 100, 256])
+def test_full_graphs_for_every_choice(most, requests):
+    """vLLM's own bookkeeping of CUDA graphs, with the sizes that the policy sets."""
+    spec = SimpleNamespace(
+        method="eagle3",
+        num_speculative_tokens=most,
+        num_speculative_tokens_per_batch_size=None,
+        uses_dynamic_speculative_decoding=lambda: True,
+    )
+    graphs = SimpleNamespace(cudagraph_capture_sizes=None, max_cudagraph_capture_size=None)
+    config = SimpleNamespace(
+        speculative_config=spec,
+        scheduler_config=SimpleNamespace(scheduler_cls=None, max_num_seqs=requests),
+        parallel_config=SimpleNamespace(data_parallel_size=1),
+        device_config=SimpleNamespace(device_type="cuda"),
+        compilation_config=graphs,
+        cache_config=SimpleNamespace(use_kda_recoverssm=False),
+        num_speculative_tokens=most,
+        use_v2_model_runner=True,
+    )
+    assert policy_seam.install(config, Eagle3Options())
+    graphs.max_cudagraph_capture_size = graphs.cudagraph_capture_sizes[-1]
+    manager = object.__new__(CudaGraphManager)
+    manager.vllm_config, manager.compilation_config = config, graphs
+    manager.cudagraph_mode, manager.max_num_reqs = CUDAGraphMode.FULL_AND_PIECEWISE, requests
+    manager.decode_query_len, manager.varlen_decode, manager.ubatch_runner = most + 1, False, None
+    manager.lora_capture_cases, manager._lora_dispatch_map, manager._max_lora_case = [0], {}, 0
+    manager._candidates, manager._capture_descs, manager._graphs_captured = {}, {}, True
+    manager._init_candidates()
+    choices = [size for _, _, size in spec.num_speculative_tokens_per_batch_size]
+    common = math.lcm(*(k + 1 for k in choices))
+    for length in (k + 1 for k in choices):
+        for batch in range(1, requests * length // common * common // length + 1):
+            found = manager.dispatch(batch, batch * length, length, 0, length)
+            assert found.cg_mode is CUDAGraphMode.FULL and found.uniform_token_count == length
+            assert found.num_tokens - batch * length <= max(common, batch * length // 3)

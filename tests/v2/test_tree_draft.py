@@ -97,14 +97,25 @@ def paths_of(tokens, parents):
     return set(paths.values()) - {()}
 
 
-def test_trees_are_the_references(engine, models, prompts, texts, monkeypatch):
-    """The engine's trees against the decoder in plain transformers, at every step of the same texts."""
+@pytest.mark.parametrize("in_pieces", [False, True])
+def test_trees_are_the_references(engine, models, prompts, texts, monkeypatch, in_pieces):
+    """The engine's trees against the decoder in plain transformers, at every step of the same texts.
+
+    In pieces: requests and blocks of the cache one at a time, and the head that CUDA devices use.
+    """
     from transformers import AutoModelForCausalLM
 
+    from vllm_eagle3.drafting import attention
     from vllm_eagle3.evaluation.load_draft import load_draft
     from vllm_eagle3.evaluation.reference import decode, eagle2_tree
+    from vllm_eagle3.model.draft import Eagle3LlamaDraft
+    from vllm_eagle3.runner import v2_tree
     from vllm_eagle3.runner.v2_tree import TreeSpeculator
 
+    if in_pieces:
+        monkeypatch.setattr(v2_tree, "MOST_LOGITS", 1)
+        monkeypatch.setattr(attention, "GATHERED", 1)
+        monkeypatch.setattr(Eagle3LlamaDraft, "_fuses_head", lambda self, x: True)
     grown, expected = {}, {}
     original = TreeSpeculator._grow
 
@@ -119,7 +130,17 @@ def test_trees_are_the_references(engine, models, prompts, texts, monkeypatch):
     llm = engine(
         models[0], speculative_config=speculative(models[1], 10), additional_config=tree(4, 3, 10), **SIZES
     )
+    speculator = (
+        llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.speculator
+    )
+    kinds = set()
+    speculator.model.register_forward_pre_hook(
+        lambda module, args, kwargs: kinds.add(kwargs["input_ids"].dtype), with_kwargs=True
+    )
     assert [p + t for p, t in zip(prompts, token_ids(llm, prompts, GREEDY), strict=True)] == texts
+    assert kinds == {speculator.input_buffers.input_ids.dtype}, (
+        "compiled for one type, it would misread others"
+    )
 
     model = AutoModelForCausalLM.from_pretrained(models[0], dtype=torch.float32)
     embeddings, head = model.get_input_embeddings().weight.data, model.lm_head.weight.data

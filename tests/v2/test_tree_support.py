@@ -3,6 +3,7 @@
 from types import SimpleNamespace as Config
 
 import pytest
+import torch
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
@@ -29,7 +30,10 @@ def engine_config(**changes):
             rejection_sample_method="standard",
             parallel_drafting=False,
             num_speculative_tokens=12,
+            kv_cache_dtype=None,
+            attention_backend=None,
         ),
+        attention_config=Config(backend_per_kind={}),
         model_config=Config(
             get_sliding_window=lambda: None,
             uses_mrope=False,
@@ -38,6 +42,7 @@ def engine_config(**changes):
             is_hybrid=False,
             is_attention_free=False,
             logits_processors=None,
+            dtype=torch.bfloat16,
         ),
         cache_config=Config(cache_dtype="auto", kv_sharing_fast_prefill=False),
         lora_config=None,
@@ -71,6 +76,10 @@ def test_a_plain_engine_is_served():
         ({"speculative_config__draft_sample_method": "probabilistic"}, "'probabilistic'"),
         ({"speculative_config__rejection_sample_method": "block"}, "'block'"),
         ({"cache_config__cache_dtype": "fp8"}, "KV cache of type fp8"),
+        ({"cache_config__cache_dtype": "float16"}, "type float16 beside a model of type torch.bfloat16"),
+        ({"speculative_config__kv_cache_dtype": "fp8"}, "speculative_config.kv_cache_dtype"),
+        ({"speculative_config__attention_backend": "FLASH_ATTN"}, "speculative_config.attention_backend"),
+        ({"attention_config__backend_per_kind": {"full": "FLASH_ATTN"}}, "backend_per_kind"),
         ({"kv_transfer_config": object()}, "KV connector"),
         ({"watermark_config": object()}, "watermarking"),
         (

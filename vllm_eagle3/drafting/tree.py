@@ -9,6 +9,7 @@ import torch
 
 UNLIKELY = -1e4  # log-probability of a token that the draft gives no finite value for
 UNUSED = -1  # parent of an unused node
+MOST_LOGITS = 1 << 25  # looked at in one go; top_k takes some 50 bytes for each
 
 
 def candidates(depth: int, topk: int) -> int:
@@ -39,11 +40,19 @@ def top_children(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tens
 
     Whatever is not finite counts as UNLIKELY, so that a broken draft makes bad trees and nothing worse.
     """
+    rows = max(MOST_LOGITS // logits.shape[-1], 1)
+    if logits.dim() == 2 and len(logits) > rows:
+        parts = [top_children(part, k) for part in logits.split(rows)]
+        return torch.cat([values for values, _ in parts]), torch.cat([ids for _, ids in parts])
     logits = logits.float()
     log_z = torch.logsumexp(logits, dim=-1, keepdim=True)
     values, ids = top_k(torch.nan_to_num(logits, nan=float("-inf"), posinf=float("-inf")), k)
-    log_probs = torch.nan_to_num(values - log_z, nan=UNLIKELY, posinf=UNLIKELY, neginf=UNLIKELY)
-    return log_probs.clamp(UNLIKELY, 0.0), ids
+    return finite(values - log_z), ids
+
+
+def finite(log_probs: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities from UNLIKELY to 0; whatever is none counts as UNLIKELY."""
+    return torch.nan_to_num(log_probs, nan=UNLIKELY, posinf=UNLIKELY, neginf=UNLIKELY).clamp(UNLIKELY, 0.0)
 
 
 class Tree(NamedTuple):

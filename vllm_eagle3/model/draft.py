@@ -12,13 +12,16 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.models.llama_eagle3 import Eagle3LlamaForCausalLM
 from vllm.model_executor.models.qwen3_eagle3 import Eagle3Qwen3ForCausalLM
 
 from vllm_eagle3.checkpoint import canonical_tensors
 from vllm_eagle3.checkpoint.target_head import target_head_rows
 from vllm_eagle3.config import Eagle3Options
+from vllm_eagle3.drafting.tree import finite, top_children
 from vllm_eagle3.kernels.concat_fc import concat_fc
+from vllm_eagle3.kernels.head_topk import HeadTopK, head_topk
 from vllm_eagle3.model.activate import draft_config
 from vllm_eagle3.model.int8 import Int8Linear, int8_layers
 from vllm_eagle3.model.ops import add_rms_norm, linear, rms_norm, silu_and_mul
@@ -98,6 +101,8 @@ class _DraftMixin(nn.Module):
         if self.lm_head in self.int8:
             # max is several times faster than argmax, which is scalar in bf16
             ids = self.draft_logits(hidden_states).max(dim=-1).indices
+        elif self._fuses_head(hidden_states):
+            return self._head_topk(hidden_states, 1).ids[:, 0]
         else:
             ids = self.logits_processor.get_top_tokens(self.lm_head, hidden_states)
         return ids if self.draft_to_target is None else self.draft_to_target[ids]
@@ -106,6 +111,23 @@ class _DraftMixin(nn.Module):
         """`get_top_tokens`, and the draft's probability of each [n], for normed outputs [n, h]."""
         confidence, ids = self.draft_logits(hidden_states).log_softmax(dim=-1).max(dim=-1)
         return ids if self.draft_to_target is None else self.draft_to_target[ids], confidence.float().exp()
+
+    def top_children(self, hidden_states: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The k likeliest tokens [n, k] for normed outputs [n, h]: log-probabilities (fp32) and target ids."""
+        if self._fuses_head(hidden_states):
+            top = self._head_topk(hidden_states, k)
+            return finite(top.logits - top.lse[:, None]), top.ids
+        log_probs, ids = top_children(self.draft_logits(hidden_states), k)
+        return log_probs, ids if self.draft_to_target is None else self.draft_to_target[ids]
+
+    def _fuses_head(self, hidden_states: torch.Tensor) -> bool:
+        plain = type(self.lm_head.quant_method) is UnquantizedEmbeddingMethod and self.lm_head.tp_size == 1
+        return self.fused_kernels and hidden_states.is_cuda and plain
+
+    def _head_topk(self, hidden_states: torch.Tensor, k: int) -> HeadTopK:
+        weight = self.lm_head.weight[: self.draft_config.draft_vocab_size]
+        d2t = None if self.draft_to_target is None else self.draft_id_to_target_id
+        return head_topk(hidden_states, weight, k, d2t=d2t, logit_scale=self.logits_processor.scale)
 
     def draft_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Logits [n, draft_vocab] for normed outputs [n, h], not scattered into the target's vocabulary."""

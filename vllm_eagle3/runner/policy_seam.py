@@ -8,11 +8,13 @@ with the step. Here that lookup is the policy. Acceptance and step times are see
 from __future__ import annotations
 
 import logging
+import math
 import time
 from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm import __version__ as vllm_version
+from vllm.platforms import current_platform
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vllm.eagle3")
 
 SCHEDULER = f"{__name__}.build_scheduler"
-GPU_LENGTHS = (1, 2, 3, 5, 7, 11, 15)  # chains with CUDA graphs of their own, besides the longest
 TREE_SHARES = (0.25, 0.5, 1.0)  # of the tree's nodes
 
 
@@ -62,6 +63,11 @@ def install(vllm_config: VllmConfig, options: Eagle3Options) -> bool:
     scheduler.scheduler_cls = SCHEDULER
     on_cpu = vllm_config.device_config.device_type == "cpu"
     sizes = _sizes(spec.num_speculative_tokens, options, every=on_cpu)
+    if not on_cpu:
+        sizes = sizes[-scheduler.max_num_seqs :]  # graphs are captured for as many as there are batch sizes
+        graphs = vllm_config.compilation_config
+        if not options.tree and graphs.cudagraph_capture_sizes is graphs.max_cudagraph_capture_size is None:
+            graphs.cudagraph_capture_sizes = _graph_sizes(sizes, scheduler.max_num_seqs)
     # One range a size: the runner captures graphs for exactly these, the scheduler reads them as choices.
     # The widest batch goes with the most drafts, because the range of sizes captured follows from it.
     spec.num_speculative_tokens_per_batch_size = [
@@ -72,10 +78,27 @@ def install(vllm_config: VllmConfig, options: Eagle3Options) -> bool:
 
 
 def _sizes(most: int, options: Eagle3Options, every: bool) -> list[int]:
-    """Numbers of drafts a request that the policy may choose, 0 first, `most` last."""
+    """Numbers of drafts a request that the policy may choose, 0 first, `most` last.
+
+    Of chains `every` one, or those whose query lengths, K + 1, divide the longest one (or twice that, if it is odd).
+    """
     if options.tree is not None:
         return sorted({0, *(max(round(share * most), 1) for share in TREE_SHARES)})
-    return sorted({0, most, *(k for k in (range(most) if every else GPU_LENGTHS) if k < most)})
+    length = most + 1 if most % 2 else 2 * (most + 1)
+    return [k for k in range(most + 1) if every or length % (k + 1) == 0]
+
+
+def _graph_sizes(sizes: list[int], max_num_seqs: int) -> list[int]:
+    """Numbers of tokens to capture CUDA graphs for: multiples of every query length.
+
+    vLLM looks for a full graph only at the next captured number of tokens, whichever query length that was captured
+    for; so all of them have to be captured at each.
+    """
+    lengths = [size + 1 for size in sizes]
+    common = math.lcm(*lengths)
+    widest = [max(max_num_seqs * length // common, 1) for length in lengths]
+    counts = {*range(1, 8), *range(8, 32, 2), *range(32, 64, 4), *range(64, max(widest), 8), *widest}
+    return [common * count for count in sorted(counts) if count <= max(widest)]
 
 
 def in_charge(vllm_config: VllmConfig) -> bool:
@@ -96,7 +119,7 @@ def build_policy(vllm_config: VllmConfig) -> tuple[Policy, CostKey]:
         "install was not called"
     )
     options = Eagle3Options.from_additional_config(vllm_config.additional_config)
-    sizes = sorted({size for _, _, size in spec.num_speculative_tokens_per_batch_size})
+    sizes = sorted({0, *(size for _, _, size in spec.num_speculative_tokens_per_batch_size)})
     tree = options.tree
     shapes = chains(sizes) if tree is None else [
         Shape(n, min(tree.depth, n), tree.topk) if n else NOTHING for n in sizes
@@ -116,7 +139,11 @@ def cost_key(vllm_config: VllmConfig) -> CostKey:
     model, spec = vllm_config.model_config, vllm_config.speculative_config
     assert spec is not None and spec.draft_model_config is not None
     device = vllm_config.device_config.device_type
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{device} {torch.get_num_threads()} threads"
+    name = (
+        current_platform.get_device_name()
+        if device == "cuda"
+        else f"{device} {torch.get_num_threads()} threads"
+    )
     parallel, graphs = vllm_config.parallel_config, vllm_config.compilation_config.cudagraph_mode
     parts = (
         f"vllm {vllm_version}",

@@ -37,6 +37,12 @@ def refuse_unsupported(vllm_config: Any, tree: TreeOptions) -> None:
         != "standard",
         "parallel drafting": spec.parallel_drafting,
         f"a KV cache of type {cache.cache_dtype}": cache.cache_dtype not in PLAIN_CACHES,
+        f"a KV cache of type {cache.cache_dtype} beside a model of type {model.dtype}": cache.cache_dtype
+        in PLAIN_CACHES[1:]
+        and cache.cache_dtype != str(model.dtype).removeprefix("torch."),
+        "speculative_config.kv_cache_dtype": spec.kv_cache_dtype is not None,
+        "speculative_config.attention_backend": spec.attention_backend is not None,
+        "attention_config.backend_per_kind": bool(vllm_config.attention_config.backend_per_kind),
         "a KV connector": vllm_config.kv_transfer_config is not None,
         "fast prefill by KV sharing": cache.kv_sharing_fast_prefill,
         "watermarking": getattr(vllm_config, "watermark_config", None) is not None,

@@ -13,7 +13,7 @@ from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from vllm_eagle3.config import Eagle3Options, TreeOptions
-from vllm_eagle3.drafting.tree import UNUSED, Expansion, Tree, top_children
+from vllm_eagle3.drafting.tree import MOST_LOGITS, UNUSED, Expansion, Tree
 from vllm_eagle3.runner.tree_attention import PathMetadata, select_tree_attention
 from vllm_eagle3.runner.tree_state import TreeModelState, TreeStep
 from vllm_eagle3.runner.tree_support import WAY_OUT, refuse_unsupported
@@ -128,22 +128,32 @@ class TreeSpeculator(Eagle3Speculator):
 
     def sample_draft(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Called by the first draft step with each request's last row: keeps the root's children."""
-        log_probs, ids = top_children(self.model.draft_logits(hidden_states), self.tree.topk)
+        log_probs, ids = self.model.top_children(hidden_states, self.tree.topk)
         self.root_children[0][: len(ids)] = log_probs
-        self.root_children[1][: len(ids)] = self._target_ids(ids)
+        self.root_children[1][: len(ids)] = ids
         return self.root_children[1][: len(ids), 0]
 
     def _grow(self, input_batch: Any, chain: torch.Tensor, nodes: int, attend: bool) -> Tree:
-        batch = input_batch.num_reqs
-        topk = self.tree.topk
-        expansion = Expansion(topk, chain)
-        frontier = expansion.grow(*(children[:batch, None] for children in self.root_children))
-        states = self.hidden_states[:batch, None]  # the state that each node's parent hands on
-        last = self.input_buffers.positions[:batch, None]  # row that the tree grows from
-        paths = torch.zeros(batch, 1, 0, dtype=torch.int64, device=self.device)
-        block_table = self.block_tables.input_block_tables[self._group()][:batch]
+        """The trees of all requests, of a group at a time: a level's rows must be no more than the compiled draft
+        takes, and their logits must fit."""
+        rows = min(self.max_num_tokens, MOST_LOGITS // self.model.draft_config.draft_vocab_size)
+        group = max(rows // self.tree.topk, 1)
         # A bound that the host knows.
-        longest = int(input_batch.seq_lens_cpu_upper_bound[:batch].max())
+        longest = input_batch.seq_lens_cpu_upper_bound[: input_batch.num_reqs]
+        groups = [
+            slice(i, min(i + group, input_batch.num_reqs)) for i in range(0, input_batch.num_reqs, group)
+        ]
+        trees = [self._grow_group(at, chain[at], nodes, int(longest[at].max()), attend) for at in groups]
+        return Tree(*map(torch.cat, zip(*trees, strict=True)))
+
+    def _grow_group(self, at: slice, chain: torch.Tensor, nodes: int, longest: int, attend: bool) -> Tree:
+        batch, topk = at.stop - at.start, self.tree.topk
+        expansion = Expansion(topk, chain)
+        frontier = expansion.grow(*(children[at, None] for children in self.root_children))
+        states = self.hidden_states[at, None]  # the state that each node's parent hands on
+        last = self.input_buffers.positions[at, None]  # row that the tree grows from
+        paths = torch.zeros(batch, 1, 0, dtype=torch.int64, device=self.device)
+        block_table = self.block_tables.input_block_tables[self._group()][at]
         for level in range(1, min(self.tree.depth, nodes)):  # a path of d nodes takes d of them
             own = (level - 1) * topk + torch.arange(topk, device=self.device).expand(batch, topk)
             parents = frontier.parents[..., None]
@@ -159,19 +169,16 @@ class TreeSpeculator(Eagle3Speculator):
             # No slots: the layer writes nothing to the sequence's cache.
             with set_forward_context(metadata, self.vllm_config, num_tokens=batch * topk, slot_mapping={}):
                 normed, states = self.model(
-                    input_ids=frontier.tokens.flatten(),
+                    # The compiled draft was traced with ids of this type and would read others as such.
+                    input_ids=frontier.tokens.flatten().to(self.input_buffers.input_ids.dtype),
                     positions=positions.flatten(),
                     hidden_states=states.flatten(0, 1),
                 )
             states = states.view(batch, topk, -1)
-            log_probs, ids = top_children(self.model.draft_logits(normed), topk)
+            log_probs, ids = self.model.top_children(normed, topk)
             shape = (batch, topk, topk)
-            frontier = expansion.grow(log_probs.view(shape), self._target_ids(ids).view(shape))
+            frontier = expansion.grow(log_probs.view(shape), ids.view(shape))
         return expansion.rerank(nodes)
-
-    def _target_ids(self, ids: torch.Tensor) -> torch.Tensor:
-        draft_to_target = self.model.draft_to_target
-        return ids if draft_to_target is None else draft_to_target[ids]
 
     def _group(self) -> int:
         """KV cache group of the draft's layer."""
