@@ -1,5 +1,6 @@
 """The EAGLE-3 proposer on vLLM's V1 model runner."""
 
+import gc
 import logging
 from dataclasses import replace
 from typing import Any
@@ -54,6 +55,8 @@ class Eagle3Proposer(EagleProposer):
         if self.ours is not None:
             form = "graphs" if not self.direct else "direct, int8" if self.model.int8 else "direct"
             report(self.ours, "V1", self.vllm_config, form)
+        if self.direct:
+            gc.collect()  # packed weights that loading replaced: freed while torch.compile traces, they print an error
 
     def _greedy_sample(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.ours is None:
