@@ -14,7 +14,7 @@ PROMPTS = Path(__file__).parents[1] / "data" / "prompts.jsonl"
 EVALUATION = Path(__file__).parents[3] / "shared" / "data" / "eval"  # beside the repository, if at all
 SETTINGS = {
     "skip_tokenizer_init": False,
-    "max_model_len": 2048,
+    "max_model_len": 1408,
     "max_num_batched_tokens": 512,
     "max_num_seqs": 8,
 }
@@ -63,7 +63,7 @@ def test_all_prompts_sampled(turns):
 @pytest.mark.slow
 @pytest.mark.skipif(not EVALUATION.is_dir(), reason=f"needs the evaluation's prompts in {EVALUATION}")
 @pytest.mark.parametrize(
-    ("batch", "first", "last", "blocks"), [(1, 0, 2, None), (3, 2, 8, 90), (8, 8, 20, 120)]
+    ("batch", "first", "last", "blocks"), [(1, 0, 2, None), (3, 2, 8, 46), (8, 8, 20, 60)]
 )
 def test_a_hundred_prompts(batch, first, last, blocks):
     """Of each of the five tasks; long prompts come in chunks, memory is too small for the whole batch."""
@@ -79,6 +79,7 @@ def test_a_hundred_prompts(batch, first, last, blocks):
         10,
         60,
         max_num_seqs=batch,
+        block_size=32,
         num_gpu_blocks_override=blocks,
         enable_prefix_caching=True,
     )

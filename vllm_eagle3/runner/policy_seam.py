@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vllm.eagle3")
 
 SCHEDULER = f"{__name__}.build_scheduler"
+MOST_CAPTURED = 512  # requests in the widest CUDA graph, as vLLM's default
 TREE_SHARES = (0.25, 0.5, 1.0)  # of the tree's nodes
 
 
@@ -96,8 +98,10 @@ def _graph_sizes(sizes: list[int], max_num_seqs: int) -> list[int]:
     """
     lengths = [size + 1 for size in sizes]
     common = math.lcm(*lengths)
-    widest = [max(max_num_seqs * length // common, 1) for length in lengths]
-    counts = {*range(1, 8), *range(8, 32, 2), *range(32, 64, 4), *range(64, max(widest), 8), *widest}
+    requests = min(max_num_seqs, MOST_CAPTURED)
+    widest = [max(requests * length // common, 1) for length in lengths]
+    steps = ((1, 8, 1), (8, 32, 4), (32, 128, 8), (128, 256, 16), (256, max(widest), 32))
+    counts = {*widest, *chain.from_iterable(range(*step) for step in steps)}
     return [common * count for count in sorted(counts) if count <= max(widest)]
 
 
