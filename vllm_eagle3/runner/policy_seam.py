@@ -178,12 +178,10 @@ class PolicyMixin(Scheduler):
         super().__init__(*args, **kwargs)
         self.draft_policy, self._cost_key = build_policy(self.vllm_config)
         self._shape = NOTHING
-        self._drafted: dict[
-            str, tuple[int, int]
-        ] = {}  # by request: drafts to verify, and how many it was told
-        self._untaught: tuple[int, Shape, float, float, float] | None = (
-            None  # of a step whose drafts are not in
-        )
+        # Of each request: drafts to verify, and how many it was told to make.
+        self._drafted: dict[str, tuple[int, int]] = {}
+        # What was seen of a step, until its drafts are in.
+        self._untaught: tuple[int, Shape, float, float, float] | None = None
         self._last_update: float | None = None  # None: the engine was idle since
         # Requests that verify different numbers of drafts don't fit the full graphs of uniform batches.
         self._ragged = not self.vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
@@ -223,7 +221,7 @@ class PolicyMixin(Scheduler):
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, Any]:
         """Learn from the step, then let vLLM handle it."""
-        now = time.perf_counter()
+        now, self._untaught = time.perf_counter(), None
         self._observe_acceptance(scheduler_output, model_runner_output)
         if self._last_update is not None:
             self._observe_seconds(scheduler_output, now - self._last_update)
@@ -254,7 +252,6 @@ class PolicyMixin(Scheduler):
 
     def _observe_seconds(self, step: SchedulerOutput, seconds: float) -> None:
         """Steps count that only decode and were told to verify as many drafts, of every request, as to make."""
-        self._untaught = None
         drafts = step.num_spec_tokens_to_schedule
         tokens = step.num_scheduled_tokens
         if step.scheduled_new_reqs or not tokens:
