@@ -195,7 +195,7 @@ def tree_attention(
     part_max, part_sum = (torch.empty(shape, device=query.device) for _ in "ms")
     part = torch.empty(*shape, head_dim, device=query.device)
     block_d = next_power_of_2(head_dim)
-    tile = 32 if block_d * query.element_size() > 256 else 64  # of shared memory
+    tile = 32 if block_d * query.element_size() > 256 else 64  # more would not fit into shared memory
     _tree_attention_kernel[(requests, kv_heads, blocks * splits)](
         out, part, part_max, part_sum, query, kv_cache, block_table, query_start_loc, seq_lens, root, bits,
         positions, sinks, *(kv_scales or (None, None)), scale, softcap, window, kv_cache.shape[2],

@@ -68,7 +68,8 @@ def install(vllm_config: VllmConfig, options: Eagle3Options) -> bool:
     if not on_cpu:
         sizes = sizes[-scheduler.max_num_seqs :]  # graphs are captured for as many as there are batch sizes
         graphs = vllm_config.compilation_config
-        if not options.tree and graphs.cudagraph_capture_sizes is graphs.max_cudagraph_capture_size is None:
+        asked = graphs.cudagraph_capture_sizes or graphs.max_cudagraph_capture_size
+        if options.tree is None and asked is None:
             graphs.cudagraph_capture_sizes = _graph_sizes(sizes, scheduler.max_num_seqs)
     # One range a size: the runner captures graphs for exactly these, the scheduler reads them as choices.
     # The widest batch goes with the most drafts, because the range of sizes captured follows from it.
