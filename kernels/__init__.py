@@ -10,6 +10,7 @@ from .concat_fc import concat_fc
 from .head_topk import HeadTopK, head_topk, local_topk, merge_topk
 from .linear_fp8 import linear_fp8, quant_fp8
 from .norm_concat import NormConcat, norm_concat
+from .path_attention import path_attention
 from .tree_attention import tree_attention
 from .tree_steps import MAX_NODES, ancestor_bits, tree_walk
 
@@ -28,6 +29,7 @@ __all__ = [
     "local_topk",
     "merge_topk",
     "norm_concat",
+    "path_attention",
     "quant_fp8",
     "tree_attention",
     "tree_walk",

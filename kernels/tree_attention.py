@@ -188,28 +188,45 @@ def tree_attention(
     block_m = max(16, min(64, next_power_of_2(max_query_len * group)), next_power_of_2(group))
     block_q = block_m // group
     blocks = cdiv(max_query_len, block_q)
-    if splits is None:  # enough programs for two waves
-        splits = max(1, min(16, 2 * num_sms(query.device) // max(1, requests * kv_heads * blocks)))
-        splits = 1 << (splits.bit_length() - 1)  # few values: each is a compilation
+    if splits is None:
+        splits = choose_splits(query.device, requests * kv_heads * blocks)
     shape = (tokens, heads, splits) if splits > 1 else (1,)
     part_max, part_sum = (torch.empty(shape, device=query.device) for _ in "ms")
     part = torch.empty(*shape, head_dim, device=query.device)
-    block_d = next_power_of_2(head_dim)
-    tile = 32 if block_d * query.element_size() > 256 else 64  # more would not fit into shared memory
     _tree_attention_kernel[(requests, kv_heads, blocks * splits)](
         out, part, part_max, part_sum, query, kv_cache, block_table, query_start_loc, seq_lens, root, bits,
         positions, sinks, *(kv_scales or (None, None)), scale, softcap, window, kv_cache.shape[2],
         block_table.stride(0), *kv_cache.stride()[:3], query.stride(0), out.stride(0), heads, GROUP=group,
-        SPLITS=splits, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_Q=block_q, BLOCK_M=block_m, TILE=tile,
-        HAS_WINDOW=window > 0, HAS_SOFTCAP=softcap > 0, HAS_SINKS=sinks is not None,
-        HAS_KV_SCALE=kv_scales is not None, num_warps=4,
+        SPLITS=splits, HEAD_DIM=head_dim, BLOCK_D=next_power_of_2(head_dim), BLOCK_Q=block_q,
+        BLOCK_M=block_m, TILE=tile_of(query), HAS_WINDOW=window > 0, HAS_SOFTCAP=softcap > 0,
+        HAS_SINKS=sinks is not None, HAS_KV_SCALE=kv_scales is not None, num_warps=4,
     )  # fmt: skip
     if splits > 1:
-        _merge_splits_kernel[(tokens, heads)](
-            out, part, part_max, part_sum, out.stride(0), heads, SPLITS=splits, HEAD_DIM=head_dim,
-            BLOCK_D=block_d, BLOCK_S=next_power_of_2(splits), num_warps=2,
-        )  # fmt: skip
+        merge_splits(out, part, part_max, part_sum)
     return out
+
+
+def choose_splits(device: torch.device, programs: int) -> int:
+    """Shares that keys are split into, so that `programs` per share make two waves.
+
+    A power of two: each value is a compilation.
+    """
+    splits = max(1, min(16, 2 * num_sms(device) // max(1, programs)))
+    return 1 << (splits.bit_length() - 1)
+
+
+def tile_of(query: Tensor) -> int:
+    """Keys looked at in one go; more would not fit into shared memory."""
+    return 32 if next_power_of_2(query.shape[-1]) * query.element_size() > 256 else 64
+
+
+def merge_splits(out: Tensor, part: Tensor, part_max: Tensor, part_sum: Tensor) -> None:
+    """Merge partial softmaxes [rows, heads, splits(, head_dim)] into out [rows, heads, head_dim]."""
+    rows, heads, splits, head_dim = part.shape
+    _merge_splits_kernel[(rows, heads)](
+        out, part, part_max, part_sum, out.stride(0), heads, SPLITS=splits, HEAD_DIM=head_dim,
+        BLOCK_D=next_power_of_2(head_dim), BLOCK_S=next_power_of_2(splits), num_warps=2,
+    )  # fmt: skip
 
 
 def tree_attention_torch(

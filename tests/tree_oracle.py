@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 
-from vllm_eagle3.drafting.tree import Tree
-
 
 @dataclass
 class Seen:
@@ -62,7 +60,7 @@ def oracle(texts: Sequence[Sequence[int]] | None, vocab: int, seed: int = 0) -> 
 
     rng, seen = random.Random(seed), Seen()
 
-    def grow(self: Any, input_batch: Any, chain: torch.Tensor, nodes: int, attend: bool) -> Tree:
+    def grow(self: Any, input_batch: Any, nodes: int, attend: bool) -> None:
         rows = []
         for b, req_id in enumerate(input_batch.req_ids):
             position = int(self.input_buffers.positions[b]) + 1  # of the last accepted token
@@ -73,12 +71,12 @@ def oracle(texts: Sequence[Sequence[int]] | None, vocab: int, seed: int = 0) -> 
                 continue
             text = seen.texts.get(request, texts[request % len(texts)])
             true = list(text[position + 1 :])[: self.tree.depth]
-            if chain[b]:
+            if self.chain[b]:
                 rows.append([(t, i) for i, t in enumerate(true)] + [(0, -1)] * (nodes - len(true)))
             else:
                 rows.append(random_tree(rng, true, nodes, self.tree.depth, vocab))
-        tree = torch.tensor(rows)
-        return Tree(tree[..., 0], tree[..., 1], torch.zeros(tree.shape[:2]))
+        tree, batch = torch.tensor(rows), slice(0, input_batch.num_reqs)
+        self.draft_tokens[batch, :nodes], self.parents[batch, :nodes] = tree.unbind(-1)
 
     def accept(parents: torch.Tensor, tokens: torch.Tensor, drawn: torch.Tensor) -> Any:
         path, emitted, count = original_accept(parents, tokens, drawn)

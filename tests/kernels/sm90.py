@@ -126,6 +126,14 @@ def launches_of_8b_shapes() -> dict[str, Callable[[], object]]:
             backend="triton",
         )  # fmt: skip
 
+    def path_attention(requests: int, length: int, window: int = 0) -> object:
+        scratch = of(requests, 50, 8, 128)
+        return k.path_attention(
+            of(requests, 10, 32, 128), of(999, 8, 16, 256), of(requests, 512, dtype=torch.int32),
+            of(requests, dtype=torch.int32), scratch, scratch, of(requests, 10, length, dtype=i64), scale=0.1,
+            window=window, backend="triton",
+        )  # fmt: skip
+
     def fc(n: int, dtype: torch.dtype = torch.bfloat16, **options: Any) -> object:
         states = [of(n, h, dtype=dtype)] * 3
         return k.concat_fc(states, of(h, 3 * h, dtype=dtype), backend="triton", **options)
@@ -152,6 +160,8 @@ def launches_of_8b_shapes() -> dict[str, Callable[[], object]]:
         "tree_attention_1": lambda: tree_attention(1, 61),
         "tree_attention_64": lambda: tree_attention(64, 61),
         "tree_attention_window_fp8": lambda: tree_attention(8, 61, window=4096, fp8_cache=True),
+        "path_attention_1": lambda: path_attention(1, 1),
+        "path_attention_64_window": lambda: path_attention(64, 5, window=4096),
         "commit_kv": lambda: k.commit_kv(table, slots, slots, backend="triton"),
     }  # fmt: skip
     return calls

@@ -1,6 +1,7 @@
 """What a tree's draft sees: one branch drafts the chain's tokens, a path leaves a line's state (90 s)."""
 
 import random
+import sys
 
 import pytest
 import torch
@@ -9,8 +10,14 @@ from random_llama import write_draft, write_target
 from tree_oracle import oracle
 from vllm import SamplingParams
 
-GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, detokenize=False)
 SIZES = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "max_model_len": 256}
+
+
+def limited(tokens):
+    return SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+
+
+GREEDY = limited(24)
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +111,8 @@ def test_trees_are_the_references(engine, models, prompts, texts, monkeypatch, i
     In pieces: requests and blocks of the cache one at a time, and the head that CUDA devices use.
     """
     from transformers import AutoModelForCausalLM
+    from vllm_eagle3.kernels import path_attention
 
-    from vllm_eagle3.drafting import attention
     from vllm_eagle3.evaluation.load_draft import load_draft
     from vllm_eagle3.evaluation.reference import decode, eagle2_tree
     from vllm_eagle3.model.draft import Eagle3LlamaDraft
@@ -114,19 +121,19 @@ def test_trees_are_the_references(engine, models, prompts, texts, monkeypatch, i
 
     if in_pieces:
         monkeypatch.setattr(v2_tree, "MOST_LOGITS", 1)
-        monkeypatch.setattr(attention, "GATHERED", 1)
+        monkeypatch.setattr(sys.modules[path_attention.__module__], "GATHERED", 1)
         monkeypatch.setattr(Eagle3LlamaDraft, "_fuses_head", lambda self, x: True)
     grown, expected = {}, {}
-    original = TreeSpeculator._grow
+    original = TreeSpeculator.propose
 
-    def grow(self, input_batch, *args):
-        tree = original(self, input_batch, *args)
+    def propose(self, input_batch, *args, **kwargs):
+        tokens = original(self, input_batch, *args, **kwargs)
         for b, req_id in enumerate(input_batch.req_ids):
             key = int(req_id.split("-")[0]), int(self.input_buffers.positions[b]) + 1
-            grown[key] = paths_of(tree.tokens[b].tolist(), tree.parents[b].tolist())
-        return tree
+            grown[key] = paths_of(tokens[b].tolist(), self.parents[b].tolist())
+        return tokens
 
-    monkeypatch.setattr(TreeSpeculator, "_grow", grow)
+    monkeypatch.setattr(TreeSpeculator, "propose", propose)
     llm = engine(
         models[0], speculative_config=speculative(models[1], 10), additional_config=tree(4, 3, 10), **SIZES
     )

@@ -191,7 +191,9 @@ class _DraftMixin(nn.Module):
             heads = (-1, attention.head_dim)
             query = rms_norm(query.reshape(heads), attention.q_norm.weight, eps).view(query.shape)
             key = rms_norm(key.reshape(heads), attention.k_norm.weight, eps).view(key.shape)
-        query, key = attention.rotary_emb(positions, query, key)
+        query, key = attention.rotary_emb.forward_cpu(
+            positions, query, key
+        )  # vLLM takes the slower native form
         return query, key, value
 
 

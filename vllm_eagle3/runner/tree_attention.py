@@ -1,6 +1,4 @@
-"""Attention backends that read tree masks: vLLM hands them the cache, `verification` and `drafting` do the
-maths.
-"""
+"""Attention backends that read tree masks: vLLM hands them the cache, `kernels` do the maths."""
 
 import copy
 from dataclasses import dataclass
@@ -14,8 +12,7 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentio
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend, TritonAttentionImpl
 
-from vllm_eagle3.drafting.attention import path_attention
-from vllm_eagle3.kernels import tree_attention
+from vllm_eagle3.kernels import path_attention, tree_attention
 from vllm_eagle3.runner.tree_support import WAY_OUT
 from vllm_eagle3.verification.attention import TreeMask
 
@@ -68,7 +65,6 @@ class PathMetadata:
 
     block_table: torch.Tensor  # int [batch, max_blocks], of the draft layer's cache
     prefix_lens: torch.Tensor  # int [batch]
-    max_prefix_len: int
     keys: torch.Tensor  # [>= batch, slots, kv_heads, head_dim], scratch
     values: torch.Tensor
     paths: torch.Tensor  # int64 [batch, k, l]: slots of each node's ancestors and, last, its own
@@ -88,11 +84,9 @@ def attend_paths(
     slots = slice((level - 1) * nodes, level * nodes)
     metadata.keys[:batch, slots] = key.view(batch, nodes, *key.shape[1:])
     metadata.values[:batch, slots] = value.view(batch, nodes, *value.shape[1:])
-    row = torch.arange(batch, device=query.device)[:, None, None]
     out = path_attention(
         query.view(batch, nodes, *query.shape[1:]), kv_cache, metadata.block_table, metadata.prefix_lens,
-        metadata.max_prefix_len, metadata.keys[row, metadata.paths], metadata.values[row, metadata.paths],
-        impl.scale, window_of(impl),
+        metadata.keys, metadata.values, metadata.paths, scale=impl.scale, window=window_of(impl),
     )  # fmt: skip
     output[: batch * nodes] = out.flatten(0, 1)
     return output

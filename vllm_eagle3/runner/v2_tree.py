@@ -1,21 +1,23 @@
 """Drafting trees in Model Runner V2: the speculator that grows them. `tree_state` verifies them."""
 
-from dataclasses import replace
-from typing import Any, NamedTuple
+import copy
+from collections.abc import Callable
+from typing import Any
 
-import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.forward_context import set_forward_context
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata, build_slot_mappings_by_layer
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
 from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from vllm_eagle3.config import Eagle3Options, TreeOptions
-from vllm_eagle3.drafting.tree import MOST_LOGITS, UNUSED, Expansion, Tree
+from vllm_eagle3.drafting.tree import MOST_LOGITS, UNUSED, Expansion
+from vllm_eagle3.runner.accepted_rows import accepted_rows
 from vllm_eagle3.runner.tree_attention import PathMetadata, select_tree_attention
-from vllm_eagle3.runner.tree_state import TreeModelState, TreeStep
+from vllm_eagle3.runner.tree_state import TreeModelState
 from vllm_eagle3.runner.tree_support import WAY_OUT, refuse_unsupported
 from vllm_eagle3.runner.v2 import Eagle3Speculator
 
@@ -51,6 +53,9 @@ class TreeSpeculator(Eagle3Speculator):
             torch.zeros(self.max_num_reqs, tree.topk, device=device),
             torch.zeros(self.max_num_reqs, tree.topk, dtype=torch.int64, device=device),
         )
+        self.chain = torch.zeros(self.max_num_reqs, dtype=torch.bool, device=device)  # requests that get one
+        self.parents = torch.zeros(self.max_num_reqs, tree.nodes, dtype=torch.int64, device=device)
+        self.growth_graphs: CudaGraphManager | None = None
 
     def load_model(self, target_model: torch.nn.Module) -> None:
         stock = resolve_model_state_cls(self.vllm_config, target_model)
@@ -61,6 +66,10 @@ class TreeSpeculator(Eagle3Speculator):
         # vLLM's hook, set on the instance.
         target_model.get_model_state_cls = lambda: TreeModelState  # type: ignore[assignment]
         super().load_model(target_model)
+        # Requests grown together: a level's rows must be no more than the compiled draft takes, and their logits
+        # must fit.
+        rows = min(self.max_num_tokens, MOST_LOGITS // self.model.draft_config.draft_vocab_size)
+        self.group = max(rows // self.tree.topk, 1)
         (self.draft_attn_layer_name,) = self.draft_attn_layer_names
         layer = self.vllm_config.compilation_config.static_forward_context[self.draft_attn_layer_name]
         slots = (self.tree.depth - 1) * self.tree.topk
@@ -69,13 +78,40 @@ class TreeSpeculator(Eagle3Speculator):
         self.scratch_values = torch.zeros_like(self.scratch_keys)
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
-        """The draft runs eagerly: its first step has rows of its own, which upstream's capture does not
-        know.
+        """The growth of trees goes into CUDA graphs, the whole of it into one per batch size.
+
+        The first draft step runs eagerly: it has rows of its own, which upstream's capture does not know.
         """
         super().init_cudagraph_manager(CUDAGraphMode.NONE)
+        full = cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
+        config = copy.copy(self.vllm_config)
+        config.compilation_config = copy.copy(config.compilation_config)
+        config.compilation_config.cudagraph_capture_sizes = self._graph_sizes()
+        self.growth_graphs = CudaGraphManager(
+            config,
+            self.device,
+            CUDAGraphMode.FULL_DECODE_ONLY if full else CUDAGraphMode.NONE,
+            decode_query_len=1,
+        )
+
+    def _graph_sizes(self) -> list[int]:
+        """Requests per graph: powers of two, up to what vLLM's largest size holds of a level's rows."""
+        largest = (self.vllm_config.compilation_config.max_cudagraph_capture_size or 0) // self.tree.topk
+        largest = min(largest, self.group, self.max_num_reqs)
+        return sorted({largest, *(1 << i for i in range(largest.bit_length()))} - {0})
 
     def capture(self) -> None:
-        """Nothing to capture, see init_cudagraph_manager."""
+        """Capture the growth, see init_cudagraph_manager."""
+        assert self.growth_graphs is not None
+
+        def growth(desc: BatchExecutionDescriptor, warmup: bool) -> Callable[[CUDAGraphMode], None]:
+            assert desc.num_reqs is not None
+            requests = slice(0, desc.num_reqs)
+            self.block_tables.get_dummy_block_tables(desc.num_reqs)
+            self.input_buffers.positions[requests].zero_()
+            return lambda _: self._grow_rows(requests, self.tree.nodes, attend=True)
+
+        self.growth_graphs.capture(growth, progress_bar_desc="Capturing CUDA graphs of the draft tree")
 
     @torch.inference_mode()
     def propose(  # type: ignore[override]
@@ -98,10 +134,9 @@ class TreeSpeculator(Eagle3Speculator):
         """
         envelope = self.num_speculative_steps
         budget = envelope if num_speculative_tokens is None else num_speculative_tokens
-        trees = self.model_state
-        assert isinstance(trees, TreeModelState)
-        step = trees.step
-        if not dummy_run and step is not None and step.has_drafts:
+        trees = None if dummy_run else self._trees  # memory is profiled before there are any
+        if trees is not None and trees.step is not None and trees.step.has_drafts:
+            step = trees.step
             path = accepted_rows(input_batch, step, trees.path[step.requests], self.tree.depth)
             attn_metadata, slot_mappings = self._path_metadata(path.batch)
             input_batch = path.batch
@@ -114,15 +149,15 @@ class TreeSpeculator(Eagle3Speculator):
         )  # fmt: skip
         if budget == 0:
             return first
+        batch, nodes = input_batch.num_reqs, min(budget, self.tree.nodes)
         requests = input_batch.idx_mapping
-        chain = torch.zeros_like(requests, dtype=torch.bool) if dummy_run else trees.chain_only[requests]
-        tree = self._grow(input_batch, chain, min(budget, self.tree.nodes), attn_metadata is not None)
-        tokens = self.draft_tokens[: input_batch.num_reqs]
-        used = tree.tokens.shape[1]
-        tokens[:, :used], tokens[:, used:] = tree.tokens, 0
-        if not dummy_run:
+        self.chain[:batch] = False if trees is None else trees.chain_only[requests]
+        self._grow(input_batch, nodes, attend=attn_metadata is not None)
+        tokens = self.draft_tokens[:batch]
+        tokens[:, nodes:] = 0
+        if trees is not None:
             trees.parents[requests] = torch.nn.functional.pad(
-                tree.parents, (1, envelope - used), value=UNUSED
+                self.parents[:batch, :nodes], (1, envelope - nodes), value=UNUSED
             )
         return tokens
 
@@ -133,27 +168,28 @@ class TreeSpeculator(Eagle3Speculator):
         self.root_children[1][: len(ids)] = ids
         return self.root_children[1][: len(ids), 0]
 
-    def _grow(self, input_batch: Any, chain: torch.Tensor, nodes: int, attend: bool) -> Tree:
-        """The trees of all requests, of a group at a time: a level's rows must be no more than the compiled draft
-        takes, and their logits must fit."""
-        rows = min(self.max_num_tokens, MOST_LOGITS // self.model.draft_config.draft_vocab_size)
-        group = max(rows // self.tree.topk, 1)
-        # A bound that the host knows.
-        longest = input_batch.seq_lens_cpu_upper_bound[: input_batch.num_reqs]
-        groups = [
-            slice(i, min(i + group, input_batch.num_reqs)) for i in range(0, input_batch.num_reqs, group)
-        ]
-        trees = [self._grow_group(at, chain[at], nodes, int(longest[at].max()), attend) for at in groups]
-        return Tree(*map(torch.cat, zip(*trees, strict=True)))
+    def _grow(self, input_batch: Any, nodes: int, attend: bool) -> None:
+        """Writes `nodes` nodes or more of each request's tree to draft_tokens and parents.
 
-    def _grow_group(self, at: slice, chain: torch.Tensor, nodes: int, longest: int, attend: bool) -> Tree:
+        attend: False only while memory is profiled, when there is no KV cache.
+        """
+        batch = input_batch.num_reqs
+        if attend:
+            assert self.growth_graphs is not None
+            graph = self.growth_graphs.dispatch(batch, batch, uniform_token_count=1, num_active_loras=0)
+            if graph.cg_mode == CUDAGraphMode.FULL:
+                return self.growth_graphs.run_fullgraph(graph)
+        for first in range(0, batch, self.group):
+            self._grow_rows(slice(first, min(first + self.group, batch)), nodes, attend)
+
+    def _grow_rows(self, at: slice, nodes: int, attend: bool) -> None:
+        """Reads and writes buffers only, and nothing on the host: a CUDA graph may hold it."""
         batch, topk = at.stop - at.start, self.tree.topk
-        expansion = Expansion(topk, chain)
+        expansion = Expansion(topk, self.chain[at])
         frontier = expansion.grow(*(children[at, None] for children in self.root_children))
         states = self.hidden_states[at, None]  # the state that each node's parent hands on
         last = self.input_buffers.positions[at, None]  # row that the tree grows from
         paths = torch.zeros(batch, 1, 0, dtype=torch.int64, device=self.device)
-        block_table = self.block_tables.input_block_tables[self._group()][at]
         for level in range(1, min(self.tree.depth, nodes)):  # a path of d nodes takes d of them
             own = (level - 1) * topk + torch.arange(topk, device=self.device).expand(batch, topk)
             parents = frontier.parents[..., None]
@@ -161,8 +197,9 @@ class TreeSpeculator(Eagle3Speculator):
             states = states.gather(1, parents.expand(-1, -1, states.shape[-1]))
             metadata = None
             if attend:
+                block_table = self.block_tables.input_block_tables[self._group()][at]
                 path = PathMetadata(
-                    block_table, last[:, 0] + 1, longest, self.scratch_keys, self.scratch_values, paths
+                    block_table, last[:, 0] + 1, self.scratch_keys[at], self.scratch_values[at], paths
                 )
                 metadata = {self.draft_attn_layer_name: path}
             positions = (last + level).clamp(max=self.max_model_len - 1).repeat(1, topk)
@@ -178,7 +215,14 @@ class TreeSpeculator(Eagle3Speculator):
             log_probs, ids = self.model.top_children(normed, topk)
             shape = (batch, topk, topk)
             frontier = expansion.grow(log_probs.view(shape), ids.view(shape))
-        return expansion.rerank(nodes)
+        tree = expansion.rerank(nodes)
+        self.draft_tokens[at, :nodes] = tree.tokens
+        self.parents[at, :nodes] = tree.parents
+
+    @property
+    def _trees(self) -> TreeModelState:
+        assert isinstance(self.model_state, TreeModelState)
+        return self.model_state
 
     def _group(self) -> int:
         """KV cache group of the draft's layer."""
@@ -207,57 +251,3 @@ class TreeSpeculator(Eagle3Speculator):
             is_prefilling=torch.from_numpy(batch.is_prefilling_np),
         )
         return metadata, build_slot_mappings_by_layer(slots, self.kv_cache_config)
-
-
-class AcceptedRows(NamedTuple):
-    """A batch cut down to what the draft reads."""
-
-    batch: Any  # InputBatch
-    rows: torch.Tensor  # int64 [tokens], where its rows come from
-    dropped: torch.Tensor  # int32 [batch], rows left out of each request
-
-
-def accepted_rows(input_batch: Any, step: TreeStep, path: torch.Tensor, max_depth: int) -> AcceptedRows:
-    """The batch as if each request had drafted its accepted path as a chain of max_depth tokens.
-
-    A request with drafts keeps its rows up to the root and max_depth rows after it: those of the nodes in
-    `path` (int64 `[batch, nodes + 1]`), at the linear positions that follow the root. Others keep all their
-    rows. How many are dropped is known on the host, which of them are the path's is not.
-    """
-    batch = input_batch.num_reqs
-    drafts = input_batch.num_draft_tokens_per_req
-    dropped_np = np.maximum(drafts - max_depth, 0).astype(np.int32)
-    lens_np = input_batch.num_scheduled_tokens[:batch] - dropped_np
-    starts_np = np.zeros(batch + 1, dtype=np.int32)
-    np.cumsum(lens_np, out=starts_np[1:])
-    tokens = int(starts_np[-1])
-
-    device = input_batch.query_start_loc.device
-    logits = input_batch.cu_num_logits[: batch + 1].diff().int()
-    dropped = (logits - 1 - max_depth).clamp(min=0)
-    old_starts = input_batch.query_start_loc[: batch + 1]
-    starts = old_starts.clone()
-    starts[1:] -= dropped.cumsum(0)
-    lens = (starts[1:] - starts[:-1]).long()
-    request = torch.repeat_interleave(torch.arange(batch, device=device), lens, output_size=tokens)
-    offset = torch.arange(tokens, device=device) - starts[request]
-    linear = old_starts[request] + offset  # the dropped rows are a request's last
-    node = offset - (lens - (logits - dropped))[request]  # 0 at the root, negative before it
-    in_tree = step.rows[request, path[request, node.clamp(min=0)]]
-    rows = torch.where(node < 0, linear.long(), in_tree)
-    compact = replace(
-        input_batch,
-        num_tokens=tokens,
-        num_tokens_after_padding=tokens,
-        num_reqs_after_padding=batch,
-        num_scheduled_tokens=lens_np,
-        query_start_loc=starts,
-        query_start_loc_np=starts_np,
-        seq_lens=input_batch.seq_lens[:batch] - dropped,
-        seq_lens_cpu_upper_bound=input_batch.seq_lens_cpu_upper_bound[:batch] - torch.from_numpy(dropped_np),
-        input_ids=input_batch.input_ids[rows],
-        positions=input_batch.positions[linear],
-        is_padding=input_batch.is_padding[:tokens],
-        decode_graph_eligible=False,
-    )
-    return AcceptedRows(compact, rows, dropped)

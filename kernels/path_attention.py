@@ -1,0 +1,223 @@
+"""Attention of draft-tree nodes while they are grown: the paged prefix, then each node's own path in scratch.
+
+    out[b, n] = softmax(scale * q[b, n] . K) V over request b's prefix and the slots paths[b, n] of scratch
+
+Lengths are read on the device, so that a CUDA graph can hold the whole growth. Split-KV as in
+`tree_attention`; the path belongs to the first split.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._triton import Backend, cdiv, choose_backend, next_power_of_2, tl, triton
+from .tree_attention import choose_splits, merge_splits, tile_of
+
+GATHERED = 1 << 14  # cached tokens, of all requests together, that the torch twin gathers at a time
+
+
+@triton.jit
+def _path_attention_kernel(out_ptr, part_ptr, part_max_ptr, part_sum_ptr, q_ptr, kv_ptr, table_ptr, lens_ptr,
+                           keys_ptr, values_ptr, paths_ptr, scale, window, length, nodes, block_size,
+                           table_stride, stride_block, stride_head, stride_slot, scratch_request,
+                           scratch_slot, path_request, path_node, q_stride, heads, GROUP: tl.constexpr,
+                           SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+                           BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr,
+                           HAS_WINDOW: tl.constexpr):  # fmt: skip
+    """BLOCK_Q nodes of a request x the heads of one KV head, over one share of the prefix."""
+    request = tl.program_id(0).to(tl.int64)
+    kv_head = tl.program_id(1)
+    block = tl.program_id(2) // SPLITS
+    split = tl.program_id(2) % SPLITS
+    prefix = tl.load(lens_ptr + request).to(tl.int32)
+
+    m = tl.arange(0, BLOCK_M)
+    node = block * BLOCK_Q + m // GROUP
+    row_ok = (m // GROUP < BLOCK_Q) & (node < nodes)
+    row = request * nodes + node
+    head = kv_head * GROUP + m % GROUP
+    d = tl.arange(0, BLOCK_D)
+    d_ok = d < HEAD_DIM
+    row_mask = row_ok[:, None] & d_ok[None, :]
+    q = tl.load(q_ptr + (row * q_stride + head * HEAD_DIM)[:, None] + d[None, :], mask=row_mask, other=0.0)
+
+    best = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    own = tl.where(split == 0, length, 0)
+    for i in range(0, own):  # each node has keys of its own here: no matrix product
+        slot = tl.load(paths_ptr + request * path_request + node * path_node + i, mask=row_ok, other=0)
+        at = request * scratch_request + slot * scratch_slot + kv_head * HEAD_DIM
+        k = tl.load(keys_ptr + at[:, None] + d[None, :], mask=row_mask, other=0.0)
+        score = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1) * scale
+        new_best = tl.maximum(best, score)
+        weight = tl.exp(score - new_best)
+        decay = tl.exp(best - new_best)
+        v = tl.load(values_ptr + at[:, None] + d[None, :], mask=row_mask, other=0.0)
+        acc = acc * decay[:, None] + weight[:, None] * v.to(tl.float32)
+        total = total * decay + weight
+        best = new_best
+
+    first = 0
+    if HAS_WINDOW:  # a node stands at position prefix - 1 + length
+        first = tl.maximum(prefix + length - window, 0)
+    share = tl.cdiv(tl.cdiv(prefix - first, TILE), SPLITS) * TILE
+    low = first + split * share
+    high = tl.minimum(low + share, prefix)
+    n = tl.arange(0, TILE)
+    for begin in range(low, high, TILE):
+        key = begin + n
+        key_ok = key < high
+        physical = tl.load(table_ptr + request * table_stride + key // block_size, mask=key_ok, other=0)
+        at = physical.to(tl.int64) * stride_block + kv_head * stride_head + (key % block_size) * stride_slot
+        kv_mask = key_ok[:, None] & d_ok[None, :]
+        k = tl.load(kv_ptr + at[:, None] + d[None, :], mask=kv_mask, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        scores = tl.where(key_ok[None, :], scores, float("-inf"))
+        new_best = tl.maximum(best, tl.max(scores, 1))
+        weights = tl.exp(scores - new_best[:, None])
+        decay = tl.exp(best - new_best)
+        v = tl.load(kv_ptr + at[:, None] + HEAD_DIM + d[None, :], mask=kv_mask, other=0.0)
+        acc = acc * decay[:, None] + tl.dot(weights.to(q.dtype), v, input_precision="ieee")
+        total = total * decay + tl.sum(weights, 1)
+        best = new_best
+
+    if SPLITS == 1:
+        out = (row * heads + head) * HEAD_DIM
+        tl.store(out_ptr + out[:, None] + d[None, :], acc / total[:, None], mask=row_mask)
+    else:
+        part = (row * heads + head) * SPLITS + split
+        tl.store(part_ptr + part[:, None] * HEAD_DIM + d[None, :], acc, mask=row_mask)
+        tl.store(part_max_ptr + part, best, mask=row_ok)
+        tl.store(part_sum_ptr + part, total, mask=row_ok)
+
+
+def path_attention(
+    query: Tensor,
+    kv_cache: Tensor,
+    block_table: Tensor,
+    prefix_lens: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    paths: Tensor,
+    *,
+    scale: float,
+    window: int = 0,
+    splits: int | None = None,
+    backend: Backend | None = None,
+) -> Tensor:
+    """Attention output [batch, nodes, heads, head_dim] in query's dtype; softmax in fp32.
+
+    query [batch, nodes, heads, head_dim], adjacent heads, rows evenly spaced; kv_cache [blocks, kv_heads,
+    block_size, 2 * head_dim] (keys, then values; any strides but an adjacent last dimension) in query's
+    dtype; block_table int [batch, blocks]; prefix_lens int [batch], cached tokens that all nodes of a
+    request see; keys, values [batch or more, slots, kv_heads, head_dim], contiguous: scratch; paths int64
+    [batch, nodes, length], length >= 1: slots of each node's ancestors and, last, its own. window: sliding
+    window in tokens, 0 for none, longer than a path; a node stands at position prefix_len - 1 + length.
+
+    Raises ValueError on shapes or dtypes that do not fit.
+    """
+    batch, nodes, heads, head_dim = query.shape
+    kv_heads = kv_cache.shape[1]
+    if kv_cache.shape[3] != 2 * head_dim or heads % kv_heads:
+        raise ValueError(
+            f"kv_cache must be [blocks, kv_heads, block_size, {2 * head_dim}] with kv_heads dividing "
+            f"{heads}, found {tuple(kv_cache.shape)}"
+        )
+    for name, t in (("keys", keys), ("values", values)):
+        if t.shape != keys.shape or t.shape[2:] != (kv_heads, head_dim) or len(t) < batch:
+            raise ValueError(
+                f"{name} must be [{batch} or more, slots, {kv_heads}, {head_dim}], found {tuple(t.shape)}"
+            )
+    if not query.dtype == kv_cache.dtype == keys.dtype == values.dtype:
+        raise ValueError(
+            f"expected one dtype, found {query.dtype} (query), {kv_cache.dtype} (kv_cache), {keys.dtype} "
+            f"(keys), {values.dtype} (values)"
+        )
+    if paths.dtype != torch.int64 or paths.shape[:2] != (batch, nodes) or paths.shape[2] < 1:
+        raise ValueError(
+            f"paths must be int64 [{batch}, {nodes}, 1 or more], found {paths.dtype} {tuple(paths.shape)}"
+        )
+    if choose_backend(backend, query, kv_cache, block_table, prefix_lens, keys, paths) == "torch":
+        return path_attention_torch(
+            query, kv_cache, block_table, prefix_lens, keys, values, paths, scale=scale, window=window
+        )
+    if query.stride() != (nodes * query.stride(1), query.stride(1), head_dim, 1):
+        raise ValueError("query must have adjacent heads and evenly spaced rows")
+    if not (keys.is_contiguous() and values.is_contiguous()):
+        raise ValueError("keys and values must be contiguous")
+    if kv_cache.stride(3) != 1 or paths.stride(2) != 1:
+        raise ValueError("kv_cache and paths must have an adjacent last dimension")
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    if batch == 0 or nodes == 0:
+        return out
+    group = heads // kv_heads
+    block_m = max(16, min(64, next_power_of_2(nodes * group)), next_power_of_2(group))
+    block_q = block_m // group
+    blocks = cdiv(nodes, block_q)
+    if splits is None:
+        splits = choose_splits(query.device, batch * kv_heads * blocks)
+    shape = (batch * nodes, heads, splits) if splits > 1 else (1,)
+    part_max, part_sum = (torch.empty(shape, device=query.device) for _ in "ms")
+    part = torch.empty(*shape, head_dim, device=query.device)
+    _path_attention_kernel[(batch, kv_heads, blocks * splits)](
+        out, part, part_max, part_sum, query, kv_cache, block_table, prefix_lens, keys, values, paths, scale,
+        window, paths.shape[2], nodes, kv_cache.shape[2], block_table.stride(0), *kv_cache.stride()[:3],
+        *keys.stride()[:2], *paths.stride()[:2], query.stride(1), heads, GROUP=group, SPLITS=splits,
+        HEAD_DIM=head_dim, BLOCK_D=next_power_of_2(head_dim), BLOCK_Q=block_q, BLOCK_M=block_m,
+        TILE=tile_of(query), HAS_WINDOW=window > 0, num_warps=4,
+    )  # fmt: skip
+    if splits > 1:
+        merge_splits(out.view(batch * nodes, heads, head_dim), part, part_max, part_sum)
+    return out
+
+
+def path_attention_torch(
+    query: Tensor,
+    kv_cache: Tensor,
+    block_table: Tensor,
+    prefix_lens: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    paths: Tensor,
+    *,
+    scale: float,
+    window: int = 0,
+) -> Tensor:
+    """Plain-torch twin of `path_attention`. Reads the longest prefix on the host; memory does not grow with
+    it.
+    """
+    batch, nodes, heads, head_dim = query.shape
+    kv_heads, block_size = kv_cache.shape[1:3]
+    length = paths.shape[2]
+    q = (query.float() * scale).view(batch, nodes, kv_heads, heads // kv_heads, head_dim)
+    request = torch.arange(batch, device=query.device)[:, None, None]
+    path_keys, path_values = keys[request, paths].float(), values[request, paths].float()
+    # Running softmax (arXiv 1805.02867): its largest score, its sum and the output so far, of the paths first.
+    scores = torch.einsum("bnkgd,bnlkd->bnkgl", q, path_keys)
+    largest = scores.amax(dim=-1, keepdim=True)
+    weights = (scores - largest).exp()
+    total = weights.sum(dim=-1, keepdim=True)
+    out = torch.einsum("bnkgl,bnlkd->bnkgd", weights, path_values)
+
+    last = cdiv(int(prefix_lens.max()), block_size) if batch else 0
+    step = max(GATHERED // max(batch * block_size, 1), 1)
+    for first in range(0, last, step):
+        blocks = block_table[:, first : min(first + step, last)].long()
+        # [batch, kv_heads, tokens, 2 * head_dim]
+        cached = kv_cache[blocks].transpose(1, 2).reshape(batch, kv_heads, -1, 2 * head_dim)
+        k, v = cached.float().split(head_dim, dim=-1)
+        column = first * block_size + torch.arange(k.shape[2], device=query.device)
+        seen = column < prefix_lens[:, None]
+        if window:
+            seen &= column > prefix_lens[:, None] - 1 + length - window
+        scores = torch.einsum("bnkgd,bkpd->bnkgp", q, k)
+        scores = scores.masked_fill(~seen[:, None, None, None], float("-inf"))
+        before, largest = largest, torch.maximum(largest, scores.amax(dim=-1, keepdim=True))
+        weights, shrink = (scores - largest).exp(), (before - largest).exp()
+        total = total * shrink + weights.sum(dim=-1, keepdim=True)
+        # Cache rows past the prefix may hold anything, NaN included: weight 0 does not cancel that.
+        v = v.masked_fill(~seen[:, None, :, None], 0.0)
+        out = out * shrink + torch.einsum("bnkgp,bkpd->bnkgd", weights, v)
+    return (out / total).reshape(batch, nodes, heads, head_dim).to(query.dtype)
