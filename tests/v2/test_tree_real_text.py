@@ -30,8 +30,9 @@ def turns():
     return [json.loads(line)["turns"][0] for line in PROMPTS.read_text(encoding="utf-8").splitlines()]
 
 
-def same_with_trees(turns, params, depth, topk, nodes, **settings):
-    """Asserts identical answers; returns tokens per verification and the engine's counters."""
+def same_with_trees(turns, params, depth, topk, nodes, again=0, **settings):
+    """Asserts identical answers, of the last `again` turns once more; returns tokens per verification and the
+    engine's counters."""
     target, draft = default_pair()
     with running(target, **SETTINGS) as llm:
         plain = answers(llm, turns, params)
@@ -39,6 +40,8 @@ def same_with_trees(turns, params, depth, topk, nodes, **settings):
     settings = SETTINGS | {"speculative_config": speculative(draft, nodes)} | settings
     with running(target, additional_config=options, **settings) as llm:
         assert answers(llm, turns, params) == plain
+        if again:
+            assert answers(llm, turns[-again:], params[-again:]) == plain[-again:]
         found = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
     drafts, accepted = (found[f"vllm:spec_decode_num_{name}"] for name in ("drafts", "accepted_tokens"))
     return 1 + accepted / drafts, found
@@ -71,7 +74,6 @@ def test_a_hundred_prompts(batch, first, last, blocks):
     for task in ("mt_bench", "humaneval", "gsm8k", "alpaca", "cnn_dm"):
         lines = (EVALUATION / f"{task}.jsonl").read_text(encoding="utf-8").splitlines()
         turns += [json.loads(line)["turns"][0] for line in lines[first:last]]
-    turns += turns[-batch:]  # again, for the prefix cache
     params = [SamplingParams(temperature=0, max_tokens=64)] * len(turns)
     tau, found = same_with_trees(
         turns,
@@ -79,6 +81,7 @@ def test_a_hundred_prompts(batch, first, last, blocks):
         6,
         10,
         60,
+        again=batch,  # for the prefix cache
         max_num_seqs=batch,
         block_size=32,
         num_gpu_blocks_override=blocks,
