@@ -174,6 +174,7 @@ _PROPOSER = "vllm.v1.spec_decode.llm_base_proposer"
 _SPECULATOR = "vllm.v1.worker.gpu.spec_decode.speculator"
 _MODEL_STATE = "vllm.v1.worker.gpu.model_states.default"
 _MODEL_STATE_INTERFACE = "vllm.v1.worker.gpu.model_states.interface"
+_GRAPHS = "vllm.v1.worker.gpu.cudagraph_utils"
 _AUTOREGRESSIVE = "vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator"
 # Methods that this project's subclasses override or call with positional arguments.
 OVERRIDDEN = (
@@ -225,6 +226,18 @@ OVERRIDDEN = (
     Seam(_SPECULATOR, "DraftModelSpeculator.load_model", "self, target_model"),
     Seam(_AUTOREGRESSIVE, "TargetDependentARSpeculator.init_cudagraph_manager", "self, cudagraph_mode"),
     Seam(_AUTOREGRESSIVE, "TargetDependentARSpeculator.capture", "self"),
+    Seam(
+        _GRAPHS,
+        "CudaGraphManager.__init__",
+        "self, vllm_config, device, cudagraph_mode, decode_query_len, lora_capture_cases, varlen_decode, ubatch_runner",
+    ),
+    Seam(_GRAPHS, "CudaGraphManager.capture", "self, create_forward_fn, progress_bar_desc"),
+    Seam(
+        _GRAPHS,
+        "CudaGraphManager.dispatch",
+        "self, num_reqs, num_tokens, uniform_token_count, num_active_loras, max_query_len, num_ubatches",
+    ),
+    Seam(_GRAPHS, "CudaGraphManager.run_fullgraph", "self, desc"),
     Seam(_MODEL_STATE, "DefaultModelState.__init__", "self, vllm_config, model, encoder_cache, device"),
     Seam(_MODEL_STATE, "DefaultModelState.add_request", "self, req_index, new_req_data"),
     Seam(

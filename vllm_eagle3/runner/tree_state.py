@@ -56,7 +56,8 @@ class TreeModelState(DefaultModelState):
         # Addresses that a CUDA graph of the target may keep.
         self.mask = TreeMask(root=zeros(tokens), bits=zeros(tokens) + 1, positions=zeros(tokens))
         self.step: TreeStep | None = None
-        self.target_caches: list[tuple[int, KVTable]] = []
+        self.kv_cache_groups: list[Any] = []
+        self._target_caches: list[tuple[int, KVTable]] | None = None
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         super().add_request(req_index, new_req_data)
@@ -122,17 +123,26 @@ class TreeModelState(DefaultModelState):
 
     def initialize_kv_cache(self, kv_cache_config: Any, block_tables: Any) -> None:
         super().initialize_kv_cache(kv_cache_config, block_tables)
-        layers = self.vllm_config.compilation_config.static_forward_context
-        self.target_caches = []
-        for group, spec in enumerate(kv_cache_config.kv_cache_groups):
-            members = [layers[name] for name in spec.layer_names]
-            caches = {  # layers that share a cache are moved once
-                layer.kv_cache.data_ptr(): layer.kv_cache
-                for layer in members
-                if not getattr(layer, "is_draft_layer", False)
-            }
-            if caches:
-                self.target_caches.append((group, kv_table([keys_and_values(c) for c in caches.values()])))
+        self.kv_cache_groups, self._target_caches = kv_cache_config.kv_cache_groups, None
+
+    @property
+    def target_caches(self) -> list[tuple[int, KVTable]]:
+        """The target's caches, by KV cache group. Looked up when first needed: a cache that vLLM makes to measure the
+        memory of CUDA graphs is not held on to."""
+        if self._target_caches is None:
+            layers = self.vllm_config.compilation_config.static_forward_context
+            self._target_caches = []
+            for group, spec in enumerate(self.kv_cache_groups):
+                members = [layers[name] for name in spec.layer_names]
+                caches = {  # layers that share a cache are moved once
+                    layer.kv_cache.data_ptr(): layer.kv_cache
+                    for layer in members
+                    if not getattr(layer, "is_draft_layer", False)
+                }
+                if caches:
+                    table = kv_table([keys_and_values(cache) for cache in caches.values()])
+                    self._target_caches.append((group, table))
+        return self._target_caches
 
     def postprocess_state(
         self,
