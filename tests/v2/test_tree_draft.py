@@ -10,14 +10,8 @@ from random_llama import write_draft, write_target
 from tree_oracle import oracle
 from vllm import SamplingParams
 
+GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, detokenize=False)
 SIZES = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "max_model_len": 256}
-
-
-def limited(tokens):
-    return SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-
-
-GREEDY = limited(24)
 
 
 @pytest.fixture(scope="module")
