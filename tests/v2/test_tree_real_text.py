@@ -81,7 +81,7 @@ def test_a_hundred_prompts(batch, first, last, blocks):
         6,
         10,
         60,
-        again=batch,  # for the prefix cache
+        again=1,  # for the prefix cache; more would not be left in it
         max_num_seqs=batch,
         block_size=32,
         num_gpu_blocks_override=blocks,
