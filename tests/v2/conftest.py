@@ -5,9 +5,21 @@ vLLM settles once, at import, whether Triton is usable; so V1 and interpreted V2
 process.
 """
 
+from pathlib import Path
+
+import pytest
 import torch
 
 from vllm_eagle3.runner import interpreter
 
 if not (interpreter.enabled() or torch.cuda.is_available()):
     collect_ignore_glob = ["test_*.py"]
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A target and a draft of random weights (tests/random_llama.py)."""
+    from random_llama import write_draft, write_target
+
+    folder = tmp_path_factory.mktemp("random")
+    return write_target(folder / "target"), write_draft(folder / "draft")

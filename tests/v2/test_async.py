@@ -4,18 +4,11 @@ import random
 
 import pytest
 from engines import running, speculative, token_ids
-from random_llama import write_draft, write_target
 from vllm import SamplingParams
 from vllm.platforms import current_platform
 
 SIZES = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "max_model_len": 256}
 TREE = {"tree": {"depth": 4, "topk": 3, "nodes": 10}}
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("random")
-    return write_target(folder / "target"), write_draft(folder / "draft")
 
 
 @pytest.fixture(scope="module")

@@ -5,17 +5,10 @@ import random
 import pytest
 import torch
 from engines import running, speculative, token_ids
-from random_llama import write_draft, write_target
 from vllm import SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, detokenize=False)
 SIZES = {"max_num_seqs": 4, "max_num_batched_tokens": 128, "max_model_len": 256}
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("random")
-    return write_target(folder / "target"), write_draft(folder / "draft")
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,7 @@
 
 import random
 
-import pytest
 from engines import running, speculative, token_ids
-from random_llama import write_draft, write_target
 from recorded_graphs import capture, record_graphs
 from vllm import SamplingParams
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager, ModelCudaGraphManager
@@ -13,12 +11,6 @@ SIZES = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "max_model_len": 256}
 NODES = 10
 OPTIONS = {"eagle3": {"tree": {"depth": 4, "topk": 3, "nodes": NODES}}}
 LENGTHS = (9, 6, 12, 24, 4)  # of the answers, so that all batch sizes occur
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("random")
-    return write_target(folder / "target"), write_draft(folder / "draft")
 
 
 def test_trees_in_graphs(engine, models, monkeypatch):

@@ -2,9 +2,7 @@
 
 import random
 
-import pytest
 from engines import running, speculative
-from random_llama import write_draft, write_target
 from tree_oracle import oracle
 from vllm import SamplingParams
 
@@ -30,12 +28,6 @@ def all_params():
 def generate(llm, prompts):
     outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], all_params(), use_tqdm=False)
     return [output.outputs[0] for output in outputs]
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("random")
-    return write_target(folder / "target"), write_draft(folder / "draft")
 
 
 def test_tokens_and_logprobs_as_without_speculation(engine, models):

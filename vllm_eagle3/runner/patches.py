@@ -238,6 +238,7 @@ OVERRIDDEN = (
         "self, num_reqs, num_tokens, uniform_token_count, num_active_loras, max_query_len, num_ubatches",
     ),
     Seam(_GRAPHS, "CudaGraphManager.run_fullgraph", "self, desc"),
+    Seam("vllm.v1.worker.gpu.block_table", "BlockTables.get_dummy_block_tables", "self, num_reqs"),
     Seam(_MODEL_STATE, "DefaultModelState.__init__", "self, vllm_config, model, encoder_cache, device"),
     Seam(_MODEL_STATE, "DefaultModelState.add_request", "self, req_index, new_req_data"),
     Seam(

@@ -190,18 +190,16 @@ class TreeSpeculator(Eagle3Speculator):
         states = self.hidden_states[at, None]  # the state that each node's parent hands on
         last = self.input_buffers.positions[at, None]  # row that the tree grows from
         paths = torch.zeros(batch, 1, 0, dtype=torch.int64, device=self.device)
+        prefix = None
+        if attend:
+            block_table = self.block_tables.input_block_tables[self._group()][at]
+            prefix = (block_table, last[:, 0] + 1, self.scratch_keys[at], self.scratch_values[at])
         for level in range(1, min(self.tree.depth, nodes)):  # a path of d nodes takes d of them
             own = (level - 1) * topk + torch.arange(topk, device=self.device).expand(batch, topk)
             parents = frontier.parents[..., None]
             paths = torch.cat([paths.gather(1, parents.expand(-1, -1, level - 1)), own[..., None]], dim=-1)
             states = states.gather(1, parents.expand(-1, -1, states.shape[-1]))
-            metadata = None
-            if attend:
-                block_table = self.block_tables.input_block_tables[self._group()][at]
-                path = PathMetadata(
-                    block_table, last[:, 0] + 1, self.scratch_keys[at], self.scratch_values[at], paths
-                )
-                metadata = {self.draft_attn_layer_name: path}
+            metadata = prefix and {self.draft_attn_layer_name: PathMetadata(*prefix, paths)}
             positions = (last + level).clamp(max=self.max_model_len - 1).repeat(1, topk)
             # No slots: the layer writes nothing to the sequence's cache.
             with set_forward_context(metadata, self.vllm_config, num_tokens=batch * topk, slot_mapping={}):
