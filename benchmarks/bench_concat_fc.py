@@ -20,6 +20,7 @@ from kernel_timing import (
     run,
     time_variants,
 )
+
 from vllm_eagle3.kernels import concat_fc
 
 

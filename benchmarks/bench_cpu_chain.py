@@ -8,10 +8,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vllm_eagle3.evaluation.pair import default_pair
-from vllm_eagle3.evaluation.provenance import provenance
-from vllm_eagle3.evaluation.sweep import sweep
-from vllm_eagle3.evaluation.sweep_settings import SweepSettings
+from vllm_eagle3.evaluation.demo_models import default_pair
+from vllm_eagle3.evaluation.sweep.run import sweep
+from vllm_eagle3.evaluation.sweep.settings import SweepSettings
+from vllm_eagle3.provenance import provenance
 
 ROOT = Path(__file__).parents[1]
 

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from vllm_eagle3.evaluation.evaluate import environment
-from vllm_eagle3.evaluation.provenance import provenance
-from vllm_eagle3.evaluation.shapes import SHAPES, write_shape
+from vllm_eagle3.evaluation.model_shapes import SHAPES, write_shape
+from vllm_eagle3.provenance import provenance
 
 DRAFTS, TARGET = 4, 1.15  # stock's time over ours, at least
 WARM_UP = 10  # decoding steps before those that count

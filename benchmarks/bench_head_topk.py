@@ -21,6 +21,7 @@ from kernel_timing import (
     time_variants,
 )
 from torch import Tensor
+
 from vllm_eagle3.kernels import head_topk
 
 TREE_K = 8

@@ -19,6 +19,7 @@ from kernel_timing import (
     run,
     time_variants,
 )
+
 from vllm_eagle3.kernels import head_topk, linear_fp8, quant_fp8
 
 

@@ -21,6 +21,7 @@ from kernel_timing import (
     time_variants,
 )
 from torch import Tensor
+
 from vllm_eagle3.kernels import norm_concat
 
 EPS = 1e-6

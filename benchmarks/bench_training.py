@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vllm_eagle3.evaluation.provenance import provenance
+from vllm_eagle3.provenance import provenance
+from vllm_eagle3.reference.draft import DraftModel
 from vllm_eagle3.training.attention import Layout, ttt_mask
 from vllm_eagle3.training.data import (
     Batch,
@@ -26,9 +27,8 @@ from vllm_eagle3.training.data import (
     token_counts,
 )
 from vllm_eagle3.training.features import Features, Target
+from vllm_eagle3.training.initialize import new_draft
 from vllm_eagle3.training.losses import eager_head_loss
-from vllm_eagle3.training.model import DraftModel
-from vllm_eagle3.training.setup_draft import new_draft
 from vllm_eagle3.training.ttt import Chains, LossOptions, target_table, ttt_loss
 
 

@@ -27,6 +27,7 @@ from kernel_timing import (
 )
 from torch import Tensor
 from tqdm import tqdm
+
 from vllm_eagle3.kernels import ancestor_bits, tree_attention
 
 NODES, BLOCK_SIZE = 61, 16  # the root and 60 drafted nodes

@@ -20,6 +20,7 @@ from kernel_timing import (
     run,
     time_variants,
 )
+
 from vllm_eagle3.kernels import ancestor_bits, commit_kv, kv_table, tree_walk
 
 NODES, PATH, BLOCK_SIZE = 61, 7, 16

@@ -20,9 +20,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from vllm_eagle3.evaluation.demo_models import default_pair
 from vllm_eagle3.evaluation.evaluate import environment
-from vllm_eagle3.evaluation.pair import default_pair
-from vllm_eagle3.evaluation.provenance import provenance
+from vllm_eagle3.provenance import provenance
 
 ROOT = Path(__file__).parents[1]
 MODES = ("none", "native", "auto")

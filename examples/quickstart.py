@@ -12,13 +12,13 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from vllm_eagle3.evaluation.demo_models import default_pair
 from vllm_eagle3.evaluation.evaluate import run_in_process
 from vllm_eagle3.evaluation.metrics import TaskRun
-from vllm_eagle3.evaluation.pair import default_pair
-from vllm_eagle3.evaluation.provenance import provenance
 from vllm_eagle3.evaluation.settings import EvalSettings
-from vllm_eagle3.evaluation.sweep import sweep
-from vllm_eagle3.evaluation.sweep_settings import SweepSettings
+from vllm_eagle3.evaluation.sweep.run import sweep
+from vllm_eagle3.evaluation.sweep.settings import SweepSettings
+from vllm_eagle3.provenance import provenance
 
 PROMPTS = Path(__file__).parents[1] / "tests" / "data" / "prompts.jsonl"
 

@@ -6,7 +6,7 @@ python examples/throughput_sweep.py --batch-sizes 1,2,4,8 --json sweep.json --pl
 import argparse
 import sys
 
-from vllm_eagle3.evaluation import sweep_cli
+from vllm_eagle3.evaluation.sweep import cli as sweep_cli
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(

@@ -9,7 +9,7 @@ import json
 import logging
 from pathlib import Path
 
-from vllm_eagle3.training.run import TrainJob, train_draft
+from vllm_eagle3.training.job import TrainJob, train_draft
 from vllm_eagle3.training.trainer import TrainSettings
 from vllm_eagle3.training.ttt import LossOptions
 

@@ -1,5 +1,5 @@
-"""Fixtures of all tests. `tests/v2` needs Model Runner V2 and a process of its own: see
-tests/v2/conftest.py.
+"""Fixtures of all tests. `tests/runner/v2` needs Model Runner V2 and a process of its own: see
+tests/runner/v2/conftest.py.
 """
 
 import os
@@ -22,10 +22,10 @@ for name, value in {
 # Shared helpers (closed_form, engines, ...) stand beside this file.
 sys.path.insert(0, str(Path(__file__).parent))
 
-from vllm_eagle3.runner import interpreter  # noqa: E402
+from vllm_eagle3.runner import triton_interpreter  # noqa: E402
 
-if interpreter.enabled():
-    interpreter.install()
+if triton_interpreter.enabled():
+    triton_interpreter.install()
 else:
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
 

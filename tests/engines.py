@@ -32,8 +32,8 @@ def running(model: Any, **kwargs: Any) -> Iterator[Any]:
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()
-        if "vllm_eagle3.runner.tree_attention" in sys.modules:
-            sys.modules["vllm_eagle3.runner.tree_attention"].deselect_tree_attention()
+        if "vllm_eagle3.runner.v2.tree_attention" in sys.modules:
+            sys.modules["vllm_eagle3.runner.v2.tree_attention"].deselect_tree_attention()
 
 
 def speculative(draft: Any, tokens: int, **kwargs: Any) -> dict[str, Any]:

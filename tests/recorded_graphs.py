@@ -18,7 +18,7 @@ from vllm.config.compilation import CompilationConfig, CUDAGraphMode
 from vllm.platforms import current_platform
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 
-from vllm_eagle3.runner import tree_attention
+from vllm_eagle3.runner.v2 import tree_attention
 
 ON_THE_HOST = (torch.ops.aten.item, torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero)
 

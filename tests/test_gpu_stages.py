@@ -13,7 +13,7 @@ import torch
 
 from vllm_eagle3.checkpoint.files import read_checkpoint
 from vllm_eagle3.cli import parser as make_parser
-from vllm_eagle3.evaluation.sweep_cli import settings_of
+from vllm_eagle3.evaluation.sweep.cli import settings_of
 
 ROOT = Path(__file__).parents[1]
 STAGES = ROOT / "benchmarks" / "gpu" / "stages.py"
@@ -120,7 +120,7 @@ def test_table_counts_targets(stages, tmp_path):
 
 @pytest.mark.slow
 def test_all_stages(tmp_path):
-    from vllm_eagle3.evaluation.pair import default_target
+    from vllm_eagle3.evaluation.demo_models import default_target
 
     prompts = str(ROOT / "tests" / "data" / "prompts.jsonl")
     results = dry_run(tmp_path, TARGET=str(default_target()), PROMPTS=prompts)

@@ -36,7 +36,7 @@ def run(version: str = "", **env: str) -> str:
 
 def test_replaces_the_proposer_and_imports_nothing_heavy():
     out = run()
-    assert "PROPOSER vllm_eagle3.runner.v1" in out and "LIGHT True" in out
+    assert "PROPOSER vllm_eagle3.runner.v1.proposer" in out and "LIGHT True" in out
 
 
 def test_disable_gives_stock_vllm_back():

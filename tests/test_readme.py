@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from vllm_eagle3.config import options_table
-from vllm_eagle3.evaluation.pair import default_pair
+from vllm_eagle3.evaluation.demo_models import default_pair
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 NAMES = ("meta-llama/Llama-3.1-8B-Instruct", "yuhuili/EAGLE3-LLaMA3.1-Instruct-8B")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from vllm_eagle3 import __version__, checkpoint, doctor
 from vllm_eagle3.evaluation import cli as evaluation
-from vllm_eagle3.evaluation import sweep_cli
+from vllm_eagle3.evaluation.sweep import cli as sweep_cli
 from vllm_eagle3.training import cli as training
 
 

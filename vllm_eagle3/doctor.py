@@ -21,7 +21,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(_: argparse.Namespace) -> int:
     """Print the findings; 1 when something would keep the plugin from working."""
-    from vllm_eagle3.evaluation.provenance import device, versions
+    from vllm_eagle3.provenance import device, versions
 
     for name, version in versions().items():
         print(f"{name:14} {version}")
@@ -60,7 +60,7 @@ def _runner() -> str:
 
 
 def _ledger() -> int:
-    from vllm_eagle3.runner.patches import LEDGER, OVERRIDDEN, install
+    from vllm_eagle3.runner.ledger import LEDGER, OVERRIDDEN, install
 
     install()
     specification = importlib.util.find_spec("vllm")

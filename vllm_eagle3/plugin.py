@@ -46,12 +46,12 @@ def register() -> None:
         return
     from vllm.model_executor.models import ModelRegistry
 
-    from vllm_eagle3.runner import patches
+    from vllm_eagle3.runner import ledger
 
     for architecture, path in MODELS.items():
         if architecture not in ModelRegistry.get_supported_archs():
             ModelRegistry.register_model(architecture, path)
-    patches.install()
+    ledger.install()
 
 
 MODELS = {

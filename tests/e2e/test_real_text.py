@@ -7,7 +7,7 @@ import pytest
 from engines import speculative
 from vllm import SamplingParams
 
-from vllm_eagle3.evaluation.pair import default_pair
+from vllm_eagle3.evaluation.demo_models import default_pair
 
 PROMPTS = Path(__file__).parents[1] / "data" / "prompts.jsonl"
 

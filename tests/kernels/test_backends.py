@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+
 from vllm_eagle3.kernels._triton import choose_backend
 
 WITHOUT_TRITON = """

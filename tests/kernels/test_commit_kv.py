@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from reference import randn
+
 from vllm_eagle3.kernels import commit_kv, kv_table
 
 BACKENDS = ["triton", "torch"]

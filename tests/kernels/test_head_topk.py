@@ -7,6 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference import DTYPES, TOLERANCE, assert_near, randn, strided
+
 from vllm_eagle3.kernels import head_topk, local_topk, merge_topk, quant_fp8
 from vllm_eagle3.kernels.head_topk import pack_keys, unpack_keys
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from reference import DTYPES, assert_near, randn
+
 from vllm_eagle3.kernels import linear_fp8, quant_fp8
 
 

@@ -7,6 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference import DTYPES, assert_near, randn, rms_norm64, strided
+
 from vllm_eagle3.kernels import norm_concat
 
 BACKENDS = ["triton", "torch"]

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+
 from vllm_eagle3.kernels import path_attention
 
 NODES, SLOTS, BLOCK = 3, 11, 16

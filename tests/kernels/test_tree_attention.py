@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from vllm_eagle3.kernels import ancestor_bits, tree_attention
 from vllm_eagle3.kernels.tree_attention import visible_keys
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from vllm_eagle3.kernels import MAX_NODES, ancestor_bits, tree_walk
 
 BACKENDS = ["triton", "torch"]

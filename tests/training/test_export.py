@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file
 
 from vllm_eagle3.checkpoint import CheckpointError, read_checkpoint
+from vllm_eagle3.reference.draft import DraftConfig, DraftModel, rope_frequencies
 from vllm_eagle3.training.data import load_documents, make_batch
 from vllm_eagle3.training.export import export
 from vllm_eagle3.training.features import Target
-from vllm_eagle3.training.model import DraftConfig, DraftModel, rope_frequencies
-from vllm_eagle3.training.setup_draft import new_draft
+from vllm_eagle3.training.initialize import new_draft
 
 OPTIONS = [
     {},

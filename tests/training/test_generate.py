@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from vllm_eagle3.prompts import Prompt, load_prompts
 from vllm_eagle3.training import generate
 from vllm_eagle3.training.generate import GenerateSettings, ShardWriter, conversations, done_keys, shards
-from vllm_eagle3.training.prompts import Prompt, load_prompts
 
 
 def write(path: Path, rows: list[Any]) -> Path:

@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from vllm_eagle3.training import cli
 from vllm_eagle3.training.data import load_documents, make_batch, split
 from vllm_eagle3.training.features import Target
-from vllm_eagle3.training.run import build
-from vllm_eagle3.training.setup_draft import new_draft
+from vllm_eagle3.training.initialize import new_draft
+from vllm_eagle3.training.job import build
 from vllm_eagle3.training.state import states
 from vllm_eagle3.training.trainer import Trainer, TrainSettings
 from vllm_eagle3.training.ttt import LossOptions

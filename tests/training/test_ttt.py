@@ -3,12 +3,12 @@
 import pytest
 import torch
 
+from vllm_eagle3.reference.draft import DraftModel
 from vllm_eagle3.training.attention import FlashAttention, FlexAttention, Layout, ttt_mask
 from vllm_eagle3.training.copying import copy_loss
 from vllm_eagle3.training.data import Batch
 from vllm_eagle3.training.features import Features, Target
-from vllm_eagle3.training.model import DraftModel
-from vllm_eagle3.training.setup_draft import new_draft
+from vllm_eagle3.training.initialize import new_draft
 from vllm_eagle3.training.ttt import Chains, LossOptions, simulate, ttt_loss
 
 LITERAL = """

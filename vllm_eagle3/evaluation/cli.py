@@ -74,8 +74,8 @@ def add_parser(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Table to stdout, files as asked, returns 0; or the error to stderr, and returns 1."""
+    from vllm_eagle3.evaluation.demo_models import default_draft, default_target
     from vllm_eagle3.evaluation.evaluate import evaluate
-    from vllm_eagle3.evaluation.pair import default_draft, default_target
     from vllm_eagle3.evaluation.report import plot, table
 
     try:

@@ -95,8 +95,8 @@ class ReferenceEngine:
     def __init__(self, mode: str, settings: EvalSettings) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        from vllm_eagle3.evaluation.load_draft import load_draft
-        from vllm_eagle3.evaluation.reference import chain, eagle2_tree
+        from vllm_eagle3.reference.decode import chain, eagle2_tree
+        from vllm_eagle3.reference.load_draft import load_draft
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.tokenizer: Any = AutoTokenizer.from_pretrained(settings.target)
@@ -117,7 +117,7 @@ class ReferenceEngine:
         self.stop = {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
 
     def answer(self, prompts: Sequence[list[int]], run: TaskRun, label: str) -> list[Answer]:
-        from vllm_eagle3.evaluation.reference import decode
+        from vllm_eagle3.reference.decode import decode
 
         answers, accepted = list[Answer](), list[int]()
         for prompt in tqdm(prompts, desc=label):

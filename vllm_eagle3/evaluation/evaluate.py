@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from vllm_eagle3.evaluation.metrics import TaskRun, result_rows
-from vllm_eagle3.evaluation.provenance import provenance
 from vllm_eagle3.evaluation.settings import EvalSettings
+from vllm_eagle3.provenance import provenance
 
 
 def environment(mode: str) -> dict[str, str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from vllm_eagle3.evaluation.engines import Engine, ReferenceEngine, VllmEngine
 from vllm_eagle3.evaluation.metrics import TaskRun
 from vllm_eagle3.evaluation.settings import EvalSettings
-from vllm_eagle3.training.prompts import Prompt, load_prompts
+from vllm_eagle3.prompts import Prompt, load_prompts
 
 
 def tasks(settings: EvalSettings) -> dict[str, list[Prompt]]:

@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_eagle3.evaluation.provenance import provenance
+from vllm_eagle3.provenance import provenance
 from vllm_eagle3.training.data import Document
 
 if TYPE_CHECKING:
-    from vllm_eagle3.training.run import TrainJob
+    from vllm_eagle3.training.job import TrainJob
     from vllm_eagle3.training.trainer import Trainer
 
 

@@ -136,7 +136,7 @@ def job_from(args: argparse.Namespace) -> Any:
     """A TrainJob of parsed arguments. Raises ValueError for values that make no sense."""
     import torch
 
-    from vllm_eagle3.training.run import TrainJob
+    from vllm_eagle3.training.job import TrainJob
     from vllm_eagle3.training.trainer import TrainSettings
     from vllm_eagle3.training.ttt import LossOptions
 
@@ -182,7 +182,7 @@ def main(args: argparse.Namespace) -> int:
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     try:
-        from vllm_eagle3.training.run import train_draft
+        from vllm_eagle3.training.job import train_draft
 
         head = train_draft(job_from(args), args.speculators)
     except (ValueError, OSError, FloatingPointError, RuntimeError, CheckpointError) as error:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from vllm_eagle3.training.model import DraftConfig, DraftModel
+from vllm_eagle3.reference.draft import DraftConfig, DraftModel
 
 FORMATS = ("flat", "speculators")
 OPTIONS = ("norm_before_residual", "norm_output", "fc_norm")

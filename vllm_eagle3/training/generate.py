@@ -19,7 +19,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from vllm_eagle3.training.prompts import Prompt, load_prompts, read_rows
+from vllm_eagle3.prompts import Prompt, load_prompts, read_rows
 
 logger = logging.getLogger(__name__)
 Row = dict[str, Any]

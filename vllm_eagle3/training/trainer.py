@@ -14,11 +14,11 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from vllm_eagle3.reference.draft import DraftModel
 from vllm_eagle3.training.data import Batch, Document, fingerprint, make_batch, plan_batches
 from vllm_eagle3.training.features import Features, Target
-from vllm_eagle3.training.model import DraftModel
+from vllm_eagle3.training.metrics_log import Record, Validation
 from vllm_eagle3.training.optimizer import WeightAverage, make_optimizers
-from vllm_eagle3.training.record import Record, Validation
 from vllm_eagle3.training.state import load_newest, save_state
 from vllm_eagle3.training.store import FeatureStore
 from vllm_eagle3.training.ttt import LossOptions, acceptance, ttt_loss

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from vllm_eagle3.reference.draft import DraftModel
 from vllm_eagle3.training.attention import FlashAttention, FlexAttention, Layout
 from vllm_eagle3.training.copying import copy_loss
 from vllm_eagle3.training.data import Batch
 from vllm_eagle3.training.features import Features
 from vllm_eagle3.training.losses import FusedHeadLoss
-from vllm_eagle3.training.model import DraftModel
 
 
 @dataclass(frozen=True)

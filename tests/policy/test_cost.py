@@ -1,0 +1,110 @@
+"""The cost table: interpolation, the file, the correction by what is seen. Under a second."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_eagle3.policy.cost import CostKey, CostTable, SeenCost, bucket, interpolate
+
+TABLE = CostTable(
+    {128: {1: 0.02, 16: 0.03}, 1024: {1: 0.03, 16: 0.05}}, {1: 0.001, 16: 0.002}, {1: 0.001}, 0.004
+)
+KEY = CostKey("target", "draft", "cpu", "0.32.0 bfloat16")
+
+
+def test_interpolation_passes_through_the_points_and_goes_on_outside() -> None:
+    curve = {2: 1.0, 4: 2.0, 10: 2.0}
+    assert [interpolate(curve, x) for x in (2, 3, 4, 7, 10, 100)] == [1.0, 1.5, 2.0, 2.0, 2.0, 2.0]
+    assert interpolate(curve, 1) == 0.5
+    assert interpolate({8: 3.0}, 1000) == 3.0
+    with pytest.raises(ValueError, match="at least one measured point"):
+        interpolate({}, 1)
+
+
+@given(st.dictionaries(st.integers(1, 100), st.floats(0, 1), min_size=1), st.integers(1, 200))
+def test_interpolation_is_never_negative(curve: dict[int, float], size: int) -> None:
+    assert interpolate(curve, size) >= 0.0
+
+
+def test_a_step_adds_up() -> None:
+    assert TABLE.step(16, 4, 0, 128) == pytest.approx(0.004 + 0.03 + 0.002)
+    assert TABLE.step(16, 4, 1, 128) == TABLE.step(16, 4, 0, 128), "the sync pass gives the first draft"
+    assert TABLE.step(16, 4, 3, 128) == pytest.approx(0.004 + 0.03 + 0.002 + 2 * 0.001)
+    assert TABLE.target_step(16, (128 + 1024) / 2) == pytest.approx(0.04)
+    assert TABLE.target_step(16, 0) == pytest.approx(0.03), "below the first bucket: the first bucket"
+
+
+def test_file_round_trip_and_refusal_of_another_key(tmp_path: Path) -> None:
+    path = KEY.path(tmp_path)
+    TABLE.save(path, KEY, {"2,3": 1.25})
+    assert CostTable.load(path, KEY) == (TABLE, {"2,3": 1.25})
+    assert json.loads(path.read_text())["key"]["device"] == "cpu"
+    other = CostKey("target", "draft", "cuda", "0.32.0 bfloat16")
+    assert other.path(tmp_path) != path
+    with pytest.raises(ValueError, match=r"expected a cost table of format 1 .*cuda"):
+        CostTable.load(path, other)
+    with pytest.raises(FileNotFoundError):
+        CostTable.load(other.path(tmp_path), other)
+
+
+@pytest.mark.parametrize(
+    "bad", [dict(target={}), dict(sync={}), dict(draft={0: 1.0}), dict(target={0: {1: -1.0}})]
+)
+def test_bad_tables_are_refused(bad: dict) -> None:
+    good = dict(target={0: {1: 1.0}}, sync={1: 0.1}, draft={1: 0.1})
+    CostTable(**good)
+    with pytest.raises(ValueError, match="cost table"):
+        CostTable(**{**good, **bad})
+
+
+def test_corrections_are_medians_and_ignore_outliers() -> None:
+    cost = SeenCost(TABLE)
+    plain = cost.base(16, 4, 3, 0.0)
+    for ratio in (1.5, 1.5, 40.0, 1.5, 1.5, 0.01):
+        cost.observe(4, 3, plain, ratio * plain)
+    assert cost.correction(4, 3) == pytest.approx(1.5)
+    assert cost.known(3, 3) and not cost.known(4, 2), "batches 3 and 4 share a bucket"
+    assert cost.correction(4, 0) == pytest.approx(1.5), "a cell never seen follows its neighbour"
+    with pytest.raises(ValueError, match="more than 0 seconds"):
+        cost.observe(4, 3, plain, 0.0)
+
+
+def test_old_corrections_are_forgotten_and_new_ones_follow_the_machine() -> None:
+    cost = SeenCost(TABLE, max_age=50)
+    for _ in range(20):
+        cost.observe(1, 1, 1.0, 2.0)
+    for _ in range(60):
+        cost.observe(1, 2, 1.0, 3.0)
+    assert not cost.known(1, 1) and cost.correction(1, 2) == pytest.approx(3.0)
+    for _ in range(50):
+        cost.observe(1, 2, 1.0, 1.0)
+    assert cost.correction(1, 2) == pytest.approx(1.0, rel=0.02)
+
+
+def test_a_machine_that_slows_down_does_not_change_the_order_of_shapes() -> None:
+    cost = SeenCost(TABLE)
+    for drafts, ratio in ((0, 1.0), (2, 1.2)):
+        for _ in range(40):
+            cost.observe(4, drafts, 1.0, ratio)
+    for _ in range(60):
+        cost.observe(4, 2, 1.0, 2 * 1.2)
+    assert cost.correction(4, 2) == pytest.approx(2.4, rel=0.02)
+    assert cost.correction(4, 0) / cost.correction(4, 2) == pytest.approx(1.0 / 1.2, rel=0.05)
+
+
+def test_saved_corrections_come_back() -> None:
+    cost = SeenCost(TABLE)
+    for _ in range(3):
+        cost.observe(4, 3, 1.0, 1.5)
+    again = SeenCost(TABLE)
+    again.from_json(json.loads(json.dumps(cost.to_json())))
+    assert again.known(4, 3) and again.correction(4, 3) == pytest.approx(1.5)
+
+
+def test_buckets() -> None:
+    assert [bucket(b) for b in (1, 2, 3, 4, 5, 8, 9, 16, 17)] == [0, 1, 2, 2, 3, 3, 4, 4, 5]

@@ -1,0 +1,257 @@
+"""The policy in vLLM's scheduler on the V1 runner, closed-form and random pairs (about 40 s)."""
+
+import itertools
+import json
+import logging
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from closed_form import greedy_text, write_draft
+from engines import speculative, token_ids
+from random_llama import write_draft as write_random_draft
+from random_llama import write_target as write_random_target
+from vllm import SamplingParams
+from vllm.config import CUDAGraphMode
+from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
+
+from vllm_eagle3.config import Eagle3Options
+from vllm_eagle3.policy.cost import CostTable
+from vllm_eagle3.policy.policy import NOTHING, Policy, Shape, chains
+from vllm_eagle3.runner import policy_scheduler
+from vllm_eagle3.runner.v1.proposer import Eagle3Proposer
+
+GREEDY = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True, detokenize=False)
+AUTO = {"eagle3": {"policy": "auto"}}
+
+
+@pytest.fixture(autouse=True)
+def own_cost_cache(monkeypatch, tmp_path):
+    """A cost cache of the test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+def scheduler(llm):
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def count_verified(sched, seen):
+    """Note how many drafts the requests of each step verify."""
+    update = sched.update_from_output
+
+    def wrapped(step, output):
+        seen.append([len(step.scheduled_spec_decode_tokens.get(r, ())) for r in step.num_scheduled_tokens])
+        return update(step, output)
+
+    sched.update_from_output = wrapped
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_outputs_are_exact_while_the_number_of_drafts_changes_every_step(
+    engine, tmp_path, monkeypatch, overlap
+):
+    monkeypatch.setattr(Eagle3Proposer, "STOP", 0.0)  # the random draft trusts none of its drafts
+    target = write_random_target(tmp_path / "target")
+    draft = write_random_draft(tmp_path / "draft")
+    prompts = [[3, 9, 27 + 5 * i, 81] for i in range(4)]
+    expected = token_ids(engine(target), prompts, GREEDY)
+    llm = engine(
+        target, speculative_config=speculative(draft, 4), additional_config=AUTO, async_scheduling=overlap
+    )
+    sched, verified = scheduler(llm), []
+    count_verified(sched, verified)
+    turn = itertools.cycle([0, 4, 1, 0, 0, 3, 2, 4])
+    sched.draft_policy.choose = lambda batch, context: sched.draft_policy.by_nodes[next(turn)]
+    lengths = itertools.cycle(itertools.permutations([0, 1, 2, 4]))
+    sched.draft_policy.lengths = lambda requests, shape, context, made: [
+        min(k, shape.nodes) for k in itertools.islice(itertools.cycle(next(lengths)), len(requests))
+    ]
+    assert token_ids(llm, prompts, GREEDY) == expected
+    assert {k for step in verified for k in step} == {0, 1, 2, 3, 4}
+
+
+def test_outputs_are_exact_while_chains_stop_early(engine, tmp_path, monkeypatch):
+    target = write_random_target(tmp_path / "target")
+    draft = write_random_draft(tmp_path / "draft")
+    prompts = [[3, 9, 27 + 5 * i, 81] for i in range(2)]
+    expected = token_ids(engine(target), prompts, GREEDY)
+    llm = engine(target, speculative_config=speculative(draft, 6), additional_config=AUTO)
+    sched, verified, trusts = scheduler(llm), [], itertools.cycle([[0.9, 0.9], [0.9, 0.1], [0.1, 0.9]])
+    count_verified(sched, verified)
+    monkeypatch.setattr(sched.draft_policy, "choose", lambda batch, context: sched.draft_policy.by_nodes[6])
+    monkeypatch.setattr(sched.draft_policy, "lengths", lambda requests, shape, context, made: made)
+    drafter = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.drafter
+    sure = type(drafter.model).get_confident_tokens
+
+    def with_trust(self, hidden_states):
+        ids, confidence = sure(self, hidden_states)
+        return ids, torch.tensor(next(trusts)[: len(confidence)])
+
+    monkeypatch.setattr(type(drafter.model), "get_confident_tokens", with_trust)
+    assert token_ids(llm, prompts, GREEDY) == expected
+    assert [3, 2] in verified, "the first request's third draft is the last, the second's its second"
+    drafts, steps = sched.draft_policy.made(Shape(6, 6), 2)
+    assert 2 < drafts < steps < 4, "the policy knows how far chains get"
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_up_to_the_longest_sequence(engine, tmp_path, drafts):
+    """There vLLM hands out as many zeros as there could be drafts, however many were asked for."""
+    target = write_random_target(tmp_path / "target")
+    draft = write_random_draft(tmp_path / "draft")
+    prompts = [[3 + i % 90 for i in range(n)] for n in (236, 200)]
+    expected = token_ids(engine(target), prompts, GREEDY)
+    assert len(expected[0]) == 20, "the longest sequence is 256 tokens"
+    llm = engine(target, speculative_config=speculative(draft, 6), additional_config=AUTO)
+    sched = scheduler(llm)
+    sched.draft_policy.choose = lambda batch, context: sched.draft_policy.by_nodes[drafts]
+    assert token_ids(llm, prompts, GREEDY) == expected
+
+
+def test_asynchronous_scheduling_learns_at_once(monkeypatch):
+    sched = object.__new__(policy_scheduler.AsyncPolicyScheduler)
+    sched.draft_policy = Policy(CostTable.guess(), chains([1, 2]))
+    sched.scheduler_config = SimpleNamespace(async_scheduling=True)
+    sched.running = [SimpleNamespace(num_computed_tokens=9)]
+    sched._drafted, sched._untaught, sched._last_update = {}, None, 0.0
+    monkeypatch.setattr(policy_scheduler.AsyncScheduler, "update_from_output", lambda *_: {})
+    step = SimpleNamespace(
+        num_invalid_spec_tokens=None,
+        scheduled_spec_decode_tokens={"a": [-1, -1]},
+        num_spec_tokens_to_schedule=2,
+        num_scheduled_tokens={"a": 3},
+        scheduled_new_reqs=[],
+        finished_req_ids=set(),
+    )
+    output = SimpleNamespace(req_id_to_index={"a": 0}, sampled_token_ids=[[5, 6, 7]])
+    for _ in range(3):
+        sched.update_from_output(step, output)
+    assert sched.draft_policy.cost.known(1, 2)
+    assert sched.draft_policy.acceptance[0].rates()[1] == pytest.approx(1.0, abs=0.3)
+
+
+def test_it_learns_acceptance_and_cost_and_keeps_them(
+    engine, closed_form_target, closed_form_draft, tmp_path
+):
+    llm = engine(
+        closed_form_target, speculative_config=speculative(closed_form_draft, 4), additional_config=AUTO
+    )
+    sched = scheduler(llm)
+    assert type(sched) is policy_scheduler.PolicyScheduler
+    assert [s.nodes for s in sched.draft_policy.shapes] == [0, 1, 2, 3, 4]
+    for _ in range(2):
+        prompts = [[3, 9, 27 + i] for i in range(4)]
+        assert token_ids(llm, prompts, GREEDY) == [greedy_text(p[-1], 48) for p in prompts]
+    assert sched.draft_policy.acceptance[0].rates()[0] == pytest.approx(0.8, abs=0.1), (
+        "wrong on every fifth token"
+    )
+    assert sched.draft_policy.cost.to_json()
+    assert len(sched.draft_policy.requests) <= 4, "finished requests are forgotten"
+    seen = sched.draft_policy.cost.to_json()
+    sched.shutdown()
+    (file,) = (tmp_path / "vllm-eagle3" / "cost").glob("*.json")
+    assert json.loads(file.read_text())["seen"] == seen
+    again, _ = policy_scheduler.build_policy(sched.vllm_config)
+    assert again.cost.to_json() == seen
+
+
+def test_a_useless_draft_is_switched_off(engine, closed_form_target, tmp_path):
+    draft = write_draft(tmp_path / "wrong", wrong_every=1)
+    llm = engine(closed_form_target, speculative_config=speculative(draft, 4), additional_config=AUTO)
+    policy = scheduler(llm).draft_policy
+    prompts = [[3, 9, 27 + i] for i in range(8)]
+    for _ in range(3):
+        assert token_ids(llm, prompts, GREEDY) == [greedy_text(p[-1], 48) for p in prompts]
+    assert policy.acceptance[0].rates()[0] < 0.05
+    assert policy.best(8) == NOTHING
+
+
+def test_it_leaves_a_table_of_the_users_in_charge(engine, closed_form_target, closed_form_draft):
+    config = speculative(closed_form_draft, 4, num_speculative_tokens_per_batch_size=[[1, 8, 2]])
+    llm = engine(closed_form_target, speculative_config=config, additional_config=AUTO)
+    assert not hasattr(scheduler(llm), "draft_policy")
+
+
+@pytest.mark.parametrize(
+    ("most", "tree", "every", "sizes"),
+    [
+        (4, None, True, [0, 1, 2, 3, 4]),
+        (3, None, False, [0, 1, 3]),
+        (5, None, False, [0, 1, 2, 5]),
+        (8, None, False, [0, 1, 2, 5, 8]),
+        (60, {"depth": 6, "topk": 10, "nodes": 60}, False, [0, 15, 30, 60]),
+        (1, None, False, [0, 1]),
+    ],
+)
+def test_sizes(most, tree, every, sizes):
+    assert policy_scheduler._sizes(most, Eagle3Options(tree=tree), every) == sizes
+
+
+@pytest.mark.parametrize(
+    ("given", "in_charge"),
+    [
+        ({"use_v2_model_runner": True}, True),
+        ({"use_v2_model_runner": True, "max_num_seqs": 2}, True),
+        ({"use_v2_model_runner": False}, False),  # it would cost full CUDA graphs
+        ({"use_v2_model_runner": True, "data_parallel_size": 2}, False),
+    ],
+)
+def test_on_a_gpu(given, in_charge, caplog):
+    spec = SimpleNamespace(
+        method="eagle3", num_speculative_tokens=4, num_speculative_tokens_per_batch_size=None
+    )
+    config = SimpleNamespace(
+        speculative_config=spec,
+        scheduler_config=SimpleNamespace(scheduler_cls=None, max_num_seqs=given.get("max_num_seqs", 8)),
+        parallel_config=SimpleNamespace(data_parallel_size=given.get("data_parallel_size", 1)),
+        device_config=SimpleNamespace(device_type="cuda"),
+        compilation_config=SimpleNamespace(cudagraph_capture_sizes=None, max_cudagraph_capture_size=None),
+        use_v2_model_runner=given["use_v2_model_runner"],
+    )
+    logging.getLogger("vllm").propagate = True
+    with caplog.at_level(logging.WARNING, "vllm.eagle3"):
+        assert policy_scheduler.install(config, Eagle3Options()) is in_charge
+    drafts = [size for _, _, size in spec.num_speculative_tokens_per_batch_size or ()]
+    assert drafts == ([0, 1, 4][-given.get("max_num_seqs", 8) :] if in_charge else [])
+    assert ("policy 'auto' is off" in caplog.text) is not in_charge
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 4, 5, 7, 8])
+@pytest.mark.parametrize("requests", [1, 2, 3, 8, 100, 256, 1024])
+def test_full_graphs_for_every_choice(most, requests):
+    """vLLM's own bookkeeping of CUDA graphs, with the sizes that the policy sets."""
+    spec = SimpleNamespace(
+        method="eagle3",
+        num_speculative_tokens=most,
+        num_speculative_tokens_per_batch_size=None,
+        uses_dynamic_speculative_decoding=lambda: True,
+    )
+    graphs = SimpleNamespace(cudagraph_capture_sizes=None, max_cudagraph_capture_size=None)
+    config = SimpleNamespace(
+        speculative_config=spec,
+        scheduler_config=SimpleNamespace(scheduler_cls=None, max_num_seqs=requests),
+        parallel_config=SimpleNamespace(data_parallel_size=1),
+        device_config=SimpleNamespace(device_type="cuda"),
+        compilation_config=graphs,
+        cache_config=SimpleNamespace(use_kda_recoverssm=False),
+        num_speculative_tokens=most,
+        use_v2_model_runner=True,
+    )
+    assert policy_scheduler.install(config, Eagle3Options())
+    graphs.max_cudagraph_capture_size = graphs.cudagraph_capture_sizes[-1]
+    manager = object.__new__(CudaGraphManager)
+    manager.vllm_config, manager.compilation_config = config, graphs
+    manager.cudagraph_mode, manager.max_num_reqs = CUDAGraphMode.FULL_AND_PIECEWISE, requests
+    manager.decode_query_len, manager.varlen_decode, manager.ubatch_runner = most + 1, False, None
+    manager.lora_capture_cases, manager._lora_dispatch_map, manager._max_lora_case = [0], {}, 0
+    manager._candidates, manager._capture_descs, manager._graphs_captured = {}, {}, True
+    manager._init_candidates()
+    choices = [size for _, _, size in spec.num_speculative_tokens_per_batch_size]
+    common = math.lcm(*(k + 1 for k in choices))
+    requests = min(requests, policy_scheduler.MOST_CAPTURED)
+    for length in (k + 1 for k in choices):
+        for batch in range(1, requests * length // common * common // length + 1):
+            found = manager.dispatch(batch, batch * length, length, 0, length)
+            assert found.cg_mode is CUDAGraphMode.FULL and found.uniform_token_count == length
+            assert found.num_tokens - batch * length <= max(common, batch * length // 2)

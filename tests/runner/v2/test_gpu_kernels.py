@@ -1,0 +1,50 @@
+"""Trees with the attention and the kernels that GPUs take, all of them interpreted (2 min)."""
+
+import random
+import sys
+
+import torch
+from engines import running, speculative, token_ids
+from random_llama import write_draft, write_target
+from tree_oracle import oracle
+from vllm import SamplingParams
+
+SIZES = {"max_num_seqs": 3, "max_num_batched_tokens": 64, "max_model_len": 256}
+OPTIONS = {"eagle3": {"tree": {"depth": 4, "topk": 3, "nodes": 10}}}
+GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False)
+
+
+def test_trees_on_gpu_kernels(engine, tmp_path, monkeypatch):
+    from vllm_eagle3 import kernels
+    from vllm_eagle3.model.draft import Eagle3LlamaDraft
+    from vllm_eagle3.runner.v2 import tree_attention
+
+    target, draft = write_target(tmp_path / "target"), write_draft(tmp_path / "draft")
+    rng = random.Random(4)
+    prompts = [[rng.randrange(512) for _ in range(n)] for n in (5, 70, 20)]
+    with running(target, **SIZES) as llm:
+        expected = token_ids(llm, prompts, GREEDY)
+
+    used, launched = ("tree_attention", "path_attention", "tree_walk", "commit_kv", "head_topk"), set()
+    for name in used:
+
+        def triton(backend, *tensors, name=name):
+            launched.add(name)
+            return "triton"
+
+        monkeypatch.setattr(sys.modules[getattr(kernels, name).__module__], "choose_backend", triton)
+    monkeypatch.setattr(
+        sys.modules[kernels.tree_attention.__module__], "num_sms", lambda device: 8
+    )  # few programs
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(Eagle3LlamaDraft, "_fuses_head", lambda self, x: True)
+    monkeypatch.setattr(tree_attention, "TreeCPUAttentionBackend", tree_attention.TreeTritonAttentionBackend)
+    llm = engine(target, speculative_config=speculative(draft, 10), additional_config=OPTIONS, **SIZES)
+    layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
+    assert {type(layer.impl) for layer in layers} == {tree_attention.TreeTritonAttentionImpl}
+    assert token_ids(llm, prompts, GREEDY) == expected
+    assert launched == set(used)
+    with oracle([p + t for p, t in zip(prompts, expected, strict=True)], 512) as seen:
+        llm.reset_prefix_cache()
+        assert token_ids(llm, prompts, GREEDY) == expected
+    assert seen.accepted > 8

@@ -1,0 +1,59 @@
+"""Policy `auto` on the V2 runner: chains and trees of changing size, down to nothing, change no token (40 s)."""
+
+import itertools
+
+import pytest
+from closed_form import greedy_text, write_draft
+from engines import speculative, token_ids
+from vllm import SamplingParams
+
+from vllm_eagle3.config import Eagle3Options
+from vllm_eagle3.runner.policy_scheduler import PolicyMixin
+
+GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, detokenize=False)
+PROMPTS = [[3, 9, 27 + 7 * i] for i in range(4)]
+
+
+def policy_of(llm):
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    assert isinstance(scheduler, PolicyMixin)
+    return scheduler.draft_policy
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    """Costs learned elsewhere stay out, and these stay in."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("tree", "sizes"),
+    [(None, [0, 1, 2, 3, 4, 5, 6, 7, 8]), ({"depth": 4, "topk": 3, "nodes": 8}, [0, 2, 4, 8])],
+)
+def test_every_size_after_every_other(engine, closed_form_target, tmp_path, tree, sizes):
+    draft = write_draft(tmp_path / "draft", second_best=0.5)
+    options = {"policy": "auto"} | ({"tree": tree} if tree else {})
+    llm = engine(
+        closed_form_target, speculative_config=speculative(draft, 8), additional_config={"eagle3": options}
+    )
+    policy = policy_of(llm)
+    assert [shape.nodes for shape in policy.shapes] == sizes
+    turn = itertools.cycle([8, 0, 2, 0, 0, 4, 2, 8, 4, 8])
+    asked = []
+    policy.choose = lambda batch, context: asked.append(next(turn)) or policy.by_nodes[asked[-1]]
+    assert token_ids(llm, PROMPTS, GREEDY) == [greedy_text(p[-1], 24) for p in PROMPTS]
+    assert set(asked) == {0, 2, 4, 8}
+
+
+def test_left_to_itself_it_switches_a_useless_draft_off(engine, closed_form_target, tmp_path):
+    assert Eagle3Options().policy == "auto"
+    draft = write_draft(tmp_path / "wrong", wrong_every=1)
+    llm = engine(
+        closed_form_target,
+        speculative_config=speculative(draft, 8),
+        additional_config={"eagle3": {"policy": "auto", "tree": {"depth": 4, "topk": 1, "nodes": 4}}},
+    )
+    policy = policy_of(llm)
+    for _ in range(3):
+        assert token_ids(llm, PROMPTS, GREEDY) == [greedy_text(p[-1], 24) for p in PROMPTS]
+    assert policy.best(len(PROMPTS)).nodes == 0

@@ -1,0 +1,137 @@
+"""`vllm-eagle3 sweep`: tokens/s of every mode at every batch size, as ratios to no speculation."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from vllm_eagle3.config import TreeOptions
+from vllm_eagle3.evaluation.cli import names, tree_shape
+from vllm_eagle3.evaluation.model_shapes import SHAPES
+from vllm_eagle3.evaluation.settings import DTYPES
+from vllm_eagle3.evaluation.sweep.settings import MODES, SweepSettings
+
+DATA = Path(__file__).resolve().parents[2] / "tests" / "data" / "prompts.jsonl"
+SYNTHETIC = (
+    "NOTE: SYNTHETIC ACCEPTANCE, random weights. Whether a draft is accepted is drawn from the given rates: "
+    "the throughput is that of the shape, the acceptance is an assumption."
+)
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def rates(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(","))
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds the command `sweep`."""
+    parser = subparsers.add_parser(
+        "sweep",
+        help="tokens/s by batch size",
+        description=__doc__,
+        epilog="modes: " + "; ".join(f"{mode}: {text}" for mode, text in MODES.items()),
+    )
+    add_arguments(parser)
+    parser.set_defaults(func=run)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of a sweep."""
+    fields = SweepSettings.__dataclass_fields__
+    parser.add_argument("--target", help="directory or name (default: the embedded SmolLM2-135M-Instruct)")
+    parser.add_argument("--draft", help="directory or name (default: the embedded draft)")
+    parser.add_argument(
+        "--data", nargs="+", default=[str(DATA)], metavar="FILE", help="prompts (default: the repository's)"
+    )
+    for name, kind, text in (
+        ("batch_sizes", numbers, "requests at a time, comma-separated"),
+        ("modes", names, "comma-separated"),
+        ("num_speculative_tokens", int, "drafts of chain, most of auto"),
+        ("native_tokens", numbers, "drafts that native is tried with"),
+        ("tree", tree_shape, "DEPTH,TOPK,NODES of tree"),
+        ("temperature", float, "0: greedy"),
+        ("repeats", int, "measurements of each, after a warm-up"),
+        ("max_tokens", int, "longest answer; a measurement is this many tokens a place"),
+        ("max_model_len", int, "longest prompt and answer, tokens"),
+        ("gpu_memory", float, "share of the GPU's memory for all engines together"),
+        ("acceptance_rates", rates, "with --shape: share of steps that accept the n-th draft (cumulative)"),
+    ):
+        default = fields[name].default
+        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+        if isinstance(default, TreeOptions):
+            shown = f"{default.depth},{default.topk},{default.nodes}"
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(option, type=kind, default=default, help=f"{text} (default: {shown})")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="default: the target's own")
+    parser.add_argument("--enforce-eager", action="store_true", help="no torch.compile")
+    parser.add_argument(
+        "--shape", choices=SHAPES, help="random weights of this shape, SYNTHETIC acceptance; needs no weights"
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="shape tiny, two short repeats at two batch sizes: does the whole path work here?",
+    )
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write provenance and results")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the ratios")
+
+
+def settings_of(arguments: argparse.Namespace) -> SweepSettings:
+    """The settings the options describe. Raises ValueError for a bad one.
+
+    A dry run on a CPU has no synthetic acceptance (vLLM's CPU sampler knows none); its figures mean nothing.
+    """
+    import torch
+
+    from vllm_eagle3.evaluation.demo_models import default_draft, default_target
+
+    if arguments.dry_run:
+        arguments.shape, arguments.repeats, arguments.max_tokens = "tiny", 2, 8
+        arguments.dtype, arguments.enforce_eager = "float32", True
+        if not torch.cuda.is_available():
+            arguments.acceptance_rates = ()
+        arguments.batch_sizes, arguments.native_tokens = (
+            arguments.batch_sizes[:2],
+            arguments.native_tokens[:1],
+        )
+    fields = {name: getattr(arguments, name) for name in SweepSettings.__dataclass_fields__}
+    fields["data"] = tuple(arguments.data)
+    for name, default in (("target", default_target), ("draft", default_draft)):
+        fields[name] = fields[name] or (f"shape {arguments.shape}" if arguments.shape else str(default()))
+    return SweepSettings(**fields)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Table to stdout, files as asked, returns 0; or the error to stderr, and returns 1."""
+    from vllm_eagle3.evaluation.sweep.report import plot, table
+    from vllm_eagle3.evaluation.sweep.run import sweep
+
+    def save(result: dict[str, Any]) -> None:
+        if arguments.json:
+            arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+    try:
+        for path in (arguments.json, arguments.plot):
+            if path is not None and not path.resolve().parent.is_dir():
+                raise ValueError(f"{path}: its folder does not exist")  # now, not after the runs
+        settings = settings_of(arguments)
+        synthetic = settings.shape is not None
+        if synthetic:
+            sys.stderr.write(f"{SYNTHETIC}\n")
+        result = sweep(settings, save)
+    except (ValueError, FileNotFoundError, RuntimeError) as error:
+        sys.stderr.write(f"vllm-eagle3 sweep: {error}\n")
+        return 1
+    save(result)
+    sys.stdout.write(table(result["results"], synthetic) + "\n")
+    if synthetic:
+        sys.stdout.write(f"\n{SYNTHETIC}\n")
+    if arguments.plot:
+        plot(result["results"], arguments.plot, synthetic)
+    return 0

@@ -1,0 +1,301 @@
+"""How much to draft: the number of drafts a step that gives the most tokens a second, down to none.
+
+Expected tokens come from measured acceptance, step times from `cost.SeenCost`. Pure Python, no engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
+
+import numpy as np
+
+from vllm_eagle3.policy.acceptance import Acceptance, allocate, expected_tokens, shift_odds
+from vllm_eagle3.policy.cost import CostTable, SeenCost, bucket
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What each request drafts: `nodes` drafts, at most `depth` deep, `width` expanded a level (chain: 1)."""
+
+    nodes: int
+    depth: int
+    width: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.depth <= self.nodes or self.width < 1:
+            raise ValueError(f"a shape needs 0 <= depth <= nodes and width >= 1, found {self}")
+
+    @property
+    def family(self) -> int:
+        """Shapes of a family share their acceptance: all chains do, each tree size has its own."""
+        return 0 if self.width == 1 else self.nodes
+
+
+NOTHING = Shape(0, 0)
+
+
+def chains(lengths: Iterable[int]) -> tuple[Shape, ...]:
+    """Chains of the given lengths, with K = 0 always among them, in ascending order."""
+    return tuple(Shape(k, k) for k in sorted({0, *lengths}))
+
+
+class Policy:
+    """Chooses a shape a step for the whole batch.
+
+    best():   argmax over the shapes of batch * expected tokens / step time, never more than a smaller batch
+              would get under the same acceptance (more load never drafts more).
+    choose(): best() with hysteresis on the way up, plus probes, paid from `probe_share` of the time: at K = 0
+              a few requests draft the smallest shape in one step now and then (so that drafting can come
+              back), otherwise a
+              neighbouring shape whose cost was not seen lately gets a few steps.
+    """
+
+    TIE = 0.005
+    PROBE_REQUESTS = 8  # at K = 0 one request in 8 probes
+    PROBE_KEEP = 0.75  # what such a probe leaves of the acceptance known before
+    MAX_CREDIT = 8.0  # steps' worth of probing that can be saved up
+    PROBE_FLOOR = 0.8  # neighbours expected to be slower than this share of the current speed are not probed
+
+    REQUEST_WINDOW = 32.0  # drafts a request's own acceptance looks back
+    REQUEST_PRIOR = 8.0  # observations that the batch's acceptance weighs against a request's own
+
+    def __init__(
+        self,
+        table: CostTable,
+        shapes: Sequence[Shape],
+        hysteresis: float = 0.01,
+        probe_share: float = 0.007,
+        prior: float = 0.6,
+    ) -> None:
+        if NOTHING not in shapes or len({s.nodes for s in shapes}) != len(shapes):
+            raise ValueError(
+                f"shapes must hold {NOTHING} and differ in their number of nodes, found {shapes}"
+            )
+        self.shapes = sorted(shapes, key=lambda s: s.nodes)
+        self.by_nodes = {s.nodes: s for s in self.shapes}
+        self.cost = SeenCost(table)
+        self.hysteresis, self.probe_share = hysteresis, probe_share
+        depth = max(s.depth for s in self.shapes)
+        first = next((s.family for s in self.shapes if s != NOTHING), 0)
+        self.acceptance = {
+            f: Acceptance(depth, prior if f == first else None)
+            for f in sorted({s.family for s in self.shapes})
+        }
+        self.going_on = Acceptance(max(depth - 1, 0), prior=1.0)
+        """Not of the target: whether chains go on after each draft, or stop early for want of confidence."""
+        self.requests: dict[str, tuple[float, float]] = {}  # drafts that had their chance, accepted; fading
+        self._gains: dict[int, float] = {}  # by nodes, until the next observation
+        self._shares: list[float] = []  # see _going_on_shares; until the next observation
+        self.current: Shape | None = None
+        self._credit: float | None = None  # seconds that probes may cost; the first choice grants two steps
+        self._probe: Shape | None = None
+        self._probe_left = 0  # further steps of the probe
+        self.probing = False  # whether the last choice is a probe at K = 0, which only a few requests verify
+        self._turn = 0  # rotates the probing requests
+        self._tries: dict[tuple[int, int], int] = {}
+
+    # -- what is expected
+
+    def rates(self) -> dict[int, list[float]]:
+        """Acceptance per depth of each family; a larger tree is at first taken to be as good as a smaller."""
+        out: dict[int, list[float]] = {}
+        below: list[float] = []
+        for family, acceptance in self.acceptance.items():
+            below = out[family] = acceptance.rates(below if family else ())
+        return out
+
+    def gain(self, shape: Shape) -> float:
+        """Expected tokens of a request in a step with this shape."""
+        if not self._gains:
+            rates = self.rates()
+            self._gains = {s.nodes: expected_tokens(rates[s.family], s.depth) for s in self.shapes}
+        return self._gains[shape.nodes]
+
+    def made(self, shape: Shape, batch: int) -> tuple[float, float]:
+        """Drafts that a request told to draft `shape` gets on average, and draft steps of the batch; rounded, so
+        that few sizes are asked for."""
+        if shape.width > 1 or shape.depth < 2:
+            return shape.nodes, shape.depth
+        going_on = self._going_on_shares()[: shape.depth - 1]
+        steps = sum(1.0 - (1.0 - share) ** batch for share in going_on)
+        rows = 8 * batch
+        return round(rows + rows * sum(going_on)) / rows, round(8 + 8 * steps) / 8
+
+    def _going_on_shares(self) -> list[float]:
+        """Share of chains that go on after 1, 2, ... drafts."""
+        if not self._shares:
+            self._shares = list(accumulate(self.going_on.rates(), mul))
+        return self._shares
+
+    def seconds(self, shape: Shape, batch: int, context: float) -> float:
+        """Expected seconds of a step with this shape."""
+        base = self._base(shape, batch, context, *self.made(shape, batch))
+        return base * self.cost.correction(batch, shape.nodes)
+
+    def _base(self, shape: Shape, batch: int, context: float, verified: float, steps: float) -> float:
+        """Uncorrected seconds of a step that verifies `verified` drafts a request and takes `steps` draft steps."""
+        return self.cost.base(batch * (verified + 1), batch * shape.width, steps, context)
+
+    def best(self, batch: int, context: float = 0.0) -> Shape:
+        """The smallest shape within TIE of the most expected tokens per second.
+
+        A larger shape never counts as faster than a smaller one, whatever noise made it look so.
+        """
+        gains = np.array([self.gain(s) for s in self.shapes])
+        factors = [self.cost.correction(batch, s.nodes) for s in self.shapes]
+        loads = {1 << i for i in range(bucket(batch))} | {batch}
+        allowed = len(self.shapes)
+        for load in sorted(loads):
+            seconds = [
+                factor * self._base(shape, load, context, *self.made(shape, load))
+                for factor, shape in zip(factors, self.shapes[:allowed], strict=False)
+            ]
+            speeds = gains[:allowed] / np.maximum.accumulate(seconds)
+            allowed = int(np.argmax(speeds >= (1.0 - self.TIE) * speeds.max())) + 1
+        return self.shapes[allowed - 1]
+
+    # -- what to do
+
+    def choose(self, batch: int, context: float = 0.0) -> Shape:
+        """The shape to draft in this step, for `batch` >= 1 requests `context` tokens long on average."""
+        missing = self._unexplored(batch, context)
+        if missing is not None:
+            return missing
+        best = self.best(batch, context)
+        if (
+            self.current is None
+            or best.nodes < self.current.nodes
+            or self._clearly_better(best, batch, context)
+        ):
+            self.current = best
+        now = self.seconds(self.current, batch, context)
+        credit = 2.0 * now if self._credit is None else self._credit + self.probe_share * now
+        self._credit = min(credit, self.MAX_CREDIT * now)
+        if self._probe_left:
+            self._probe_left -= 1
+        else:
+            self._start_probe(batch, context, now)
+        return self._probe or self.current
+
+    def _clearly_better(self, shape: Shape, batch: int, context: float) -> bool:
+        assert self.current is not None
+        ratio = self.gain(shape) / self.gain(self.current)
+        return ratio * self.seconds(self.current, batch, context) > (
+            (1.0 + self.hysteresis) * self.seconds(shape, batch, context)
+        )
+
+    def _unexplored(self, batch: int, context: float) -> Shape | None:
+        """With no measured table: each shape a few times per batch bucket, smallest first, while it pays."""
+        if self.cost.table.measured:
+            return None
+        fastest = 0.0
+        for shape in self.shapes:
+            tries = self._tries.get((bucket(batch), shape.nodes), 0)
+            if not self.cost.known(batch, shape.nodes) and tries < 2 * SeenCost.MIN_SAMPLES:
+                self._tries[bucket(batch), shape.nodes] = tries + 1
+                return shape
+            speed = self.gain(shape) / self.seconds(shape, batch, context)
+            if speed < self.PROBE_FLOOR * fastest:
+                return None
+            fastest = max(fastest, speed)
+        return None
+
+    def _start_probe(self, batch: int, context: float, now: float) -> None:
+        """Pick the next probe (or none), once the budget covers the worst it can cost."""
+        assert self.current is not None and self._credit is not None
+        self._probe, self.probing = None, False
+        at = self.shapes.index(self.current)
+        steps = SeenCost.MIN_SAMPLES + 1  # the first one verifies what was drafted before
+        for shape in self.shapes[max(at - 1, 0) : at + 2]:
+            if shape == self.current or self.cost.known(batch, shape.nodes):
+                continue
+            gain, seconds = self.gain(shape) / self.gain(self.current), self.seconds(shape, batch, context)
+            if gain * now >= self.PROBE_FLOOR * seconds and self._pay(
+                steps * (seconds - min(gain, 1.0) * now)
+            ):
+                self._probe, self._probe_left = shape, steps - 1
+                return
+        if self.current == NOTHING and len(self.shapes) > 1:
+            shape = self.shapes[1]
+            few = batch + shape.nodes * self._probers(batch)
+            seconds = self.cost.base(few, batch * shape.width, shape.depth, context)
+            if self._pay(seconds * self.cost.correction(batch, 0) - now):
+                self._probe, self.probing = shape, True
+                self._turn += self._probers(batch)
+
+    def _pay(self, loss: float) -> bool:
+        assert self._credit is not None
+        if loss > self._credit:
+            return False
+        self._credit -= max(loss, 0.0)
+        return True
+
+    def _probers(self, batch: int) -> int:
+        return -(-batch // self.PROBE_REQUESTS)
+
+    # -- what was seen
+
+    def observe_accepted(self, results: Mapping[str, tuple[int, int]]) -> None:
+        """One step's verification: request id -> (nodes verified, drafts accepted); nodes = 0 is ignored."""
+        self._gains = {}
+        families: dict[int, list[tuple[int, int]]] = {}
+        for request, (nodes, accepted) in results.items():
+            shape = self.by_nodes.get(nodes) or Shape(nodes, nodes)  # a cut chain
+            if nodes:
+                families.setdefault(shape.family, []).append((shape.depth, accepted))
+                tried, good = self.requests.get(request, (0.0, 0.0))
+                reached = min(accepted + 1, shape.depth)
+                keep = max(1.0 - reached / self.REQUEST_WINDOW, 0.0)
+                self.requests[request] = (tried * keep + reached, good * keep + accepted)
+        for family, pairs in families.items():
+            keep = self.PROBE_KEEP if self.current == NOTHING else 1.0
+            self.acceptance[family].observe([d for d, _ in pairs], [a for _, a in pairs], keep)
+
+    def observe_lengths(self, shape: Shape, lengths: Sequence[int]) -> None:
+        """How many drafts the requests of a batch told to draft `shape` got: fewer where chains stopped early."""
+        if shape.width == 1 and shape.depth > 1:
+            self._shares = []
+            self.going_on.observe([shape.depth - 1] * len(lengths), [max(n - 1, 0) for n in lengths])
+
+    def observe_seconds(
+        self, batch: int, shape: Shape, context: float, seconds: float, verified: float, steps: int
+    ) -> None:
+        """One pure decode step told to verify and to make `shape` for each of `batch` requests; it really verified
+        `verified` drafts a request, and took `steps` draft steps."""
+        base = self._base(shape, batch, context, verified, steps)
+        self.cost.observe(batch, shape.nodes, base, seconds)
+
+    def forget(self, request: str) -> None:
+        """The request is over."""
+        self.requests.pop(request, None)
+
+    # -- who gets the budget
+
+    def lengths(
+        self, requests: Sequence[str], shape: Shape, context: float = 0.0, made: Sequence[int] | None = None
+    ) -> list[int]:
+        """How many of the drafts are worth verifying for each request (of a tree, or of one request: all).
+
+        made: how many each has, where chains stopped early.
+        """
+        made = [shape.nodes] * len(requests) if made is None else made
+        if self.probing:
+            first, few = self._turn, self._probers(len(requests))
+            return [n * ((i - first) % len(requests) < few) for i, n in enumerate(made)]
+        if shape.width > 1 or shape == NOTHING or len(requests) == 1:
+            return list(made)
+        rates = np.array(self.acceptance[0].rates()[: shape.depth])
+        mean = float(rates.mean())
+        counts = np.array([self.requests.get(r, (0.0, 0.0)) for r in requests])
+        own = (counts[:, 1] + self.REQUEST_PRIOR * mean) / (counts[:, 0] + self.REQUEST_PRIOR)
+        table = np.cumprod(shift_odds(rates[None, :], own[:, None], mean), axis=1)
+        # Those are chances of being made and accepted: given that they are made, the drafts are better.
+        shares = np.array([1.0, *self._going_on_shares()[: shape.depth - 1]])
+        table = np.minimum.accumulate(np.minimum(table / np.maximum(shares, 1e-6), 1.0), axis=1)
+        table[np.arange(shape.depth) >= np.array(made)[:, None]] = -1.0
+        sizes = range(len(requests), len(requests) + sum(made) + 1)
+        seconds = [self.cost.base(n, len(requests), shape.depth, context) for n in sizes]
+        return allocate(table, np.array(seconds), self.hysteresis).tolist()

@@ -1,0 +1,219 @@
+"""EAGLE-3 decoding in plain transformers and torch, one sequence at a time, written to be read: the oracle.
+
+Paper: arXiv 2503.01840, section 3.1 (drafting from the target's low, mid and high states); EAGLE-2,
+arXiv 2406.16858, section 4 (expansion and reranking of the tree). A chain is a tree in which every node has
+one child, so verification is written once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from vllm_eagle3.reference.draft import KV, DraftModel
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A draft. Node 0 is the root, the last token of the text; a parent comes before its children.
+
+    tokens: target ids of the nodes; parents: index of each node's parent, -1 for the root.
+    """
+
+    tokens: list[int]
+    parents: list[int]
+
+    @property
+    def depths(self) -> list[int]:
+        depths: list[int] = []
+        for parent in self.parents:
+            depths.append(0 if parent < 0 else depths[parent] + 1)
+        return depths
+
+    def visible(self) -> Tensor:
+        """bool [nodes, nodes]: a node reads itself and its ancestors, the root among them."""
+        mask = torch.eye(len(self.tokens), dtype=torch.bool)
+        for node, parent in enumerate(self.parents):
+            if parent >= 0:
+                mask[node] |= mask[parent]
+        return mask
+
+
+@dataclass
+class Decoded:
+    """tokens: the answer, with its stop token; accepted: drafted tokens accepted by each verification."""
+
+    tokens: list[int]
+    accepted: list[int] = field(default_factory=list)
+
+
+# A proposer grows a tree: (draft, a of the last row [1, h], the draft's KV, that row's position, last token)
+Proposer = Callable[[DraftModel, Tensor, KV, int, int], Tree]
+
+
+def chain(num_speculative_tokens: int) -> Proposer:
+    """Each step takes the draft's most likely token and feeds its own output back in place of g."""
+
+    def propose(draft: DraftModel, a: Tensor, kv: KV, position: int, root: int) -> Tree:
+        tokens = [root]
+        for step in range(num_speculative_tokens):
+            if step:
+                token = torch.tensor(tokens[-1:], device=a.device)
+                positions = torch.tensor([position + step], device=a.device)
+                a, kv = draft.layer(draft.embed(token), draft.next_g(a), positions, kv)
+            tokens.append(int(draft.draft_to_target(draft.logits(a).argmax(-1))))
+        return Tree(tokens, list(range(-1, num_speculative_tokens)))
+
+    return propose
+
+
+def eagle2_tree(depth: int, topk: int, nodes: int) -> Proposer:
+    """EAGLE-2's dynamic tree of `depth` levels.
+
+    A node's value is the product of the draft's confidences on the way to it. Expansion: of each level's
+    candidates the `topk` of highest value are expanded, into `topk` children each. Reranking: of all
+    candidates the `nodes` of highest value are kept. A child's value never exceeds its parent's and ties go
+    to the earlier candidate, so what is kept is connected.
+    """
+
+    def propose(draft: DraftModel, a: Tensor, kv: KV, position: int, root: int) -> Tree:
+        past = kv[0].shape[0]
+        k = min(topk, draft.config.draft_vocab_size)
+        # candidates of all levels, in order: token, log value, parent (candidate index, -1 = root)
+        tokens, parents = a.new_empty(0, dtype=torch.long), a.new_empty(0, dtype=torch.long)
+        values = a.new_empty(0, dtype=torch.float)
+        rows = torch.tensor([-1], device=a.device)  # candidate of each row of `a`
+        seen = torch.zeros(1, 0, dtype=torch.bool, device=a.device)  # this tree's KV, read by row
+        for level in range(1, depth + 1):
+            confidence, ids = draft.logits(a).float().log_softmax(-1).topk(k)  # [rows, k]
+            value = confidence + (values[rows][:, None] if level > 1 else 0)
+            first = len(tokens)
+            tokens = torch.cat([tokens, draft.draft_to_target(ids).flatten()])
+            values = torch.cat([values, value.flatten()])
+            parents = torch.cat([parents, rows.repeat_interleave(k)])
+            if level == depth:
+                break
+            best = value.flatten().sort(descending=True, stable=True).indices[:k]  # expand these
+            of = best // k  # their parents' rows of `a`
+            seen = torch.cat([seen[of], torch.eye(len(best), dtype=torch.bool, device=a.device)], 1)
+            mask = torch.cat([seen.new_ones(len(best), past), seen], 1)
+            rows = first + best
+            positions = torch.full_like(rows, position + level)
+            a, kv = draft.layer(draft.embed(tokens[rows]), draft.next_g(a[of]), positions, kv, mask)
+        keep = values.sort(descending=True, stable=True).indices[:nodes].sort().values.tolist()  # rerank
+        place = {-1: 0} | {candidate: node for node, candidate in enumerate(keep, 1)}
+        return Tree([root, *tokens[keep].tolist()], [-1, *(place[p] for p in parents[keep].tolist())])
+
+    return propose
+
+
+class Target:
+    """A causal language model of transformers with its KV cache. `aux_layers` k: the state after k layers."""
+
+    def __init__(self, model: Any, aux_layers: tuple[int, ...]) -> None:
+        layers = model.config.num_hidden_layers
+        if not all(0 <= k <= layers for k in aux_layers):
+            raise ValueError(f"aux_layers: expected ids from 0 to {layers}, found {aux_layers}")
+        self.model, self.aux_layers, self.cache = model, aux_layers, DynamicCache(config=model.config)
+
+    def __call__(self, tree: Tree, past: int, logits_to_keep: int = 0) -> tuple[Tensor, list[Tensor]]:
+        """Reads the nodes behind `past` cached tokens: logits [nodes, vocab] (of the last
+        `logits_to_keep` if given), aux states, each [nodes, ht]."""
+        device = self.model.device
+        mask = torch.cat([torch.ones(len(tree.tokens), past, dtype=torch.bool), tree.visible()], 1)
+        forbidden = torch.finfo(self.model.dtype).min
+        additive = torch.zeros(mask.shape, dtype=self.model.dtype).masked_fill(~mask, forbidden)
+        top: list[Tensor] = []  # transformers norms the last of its hidden_states: take it before that
+        last_layer = self.model.get_decoder().layers[-1]
+        hook = last_layer.register_forward_hook(lambda module, args, output: top.append(output))
+        out = self.model(
+            torch.tensor([tree.tokens], device=device),
+            position_ids=torch.tensor([tree.depths], device=device) + past,
+            attention_mask=additive[None, None].to(device),
+            past_key_values=self.cache,
+            output_hidden_states=True,
+            logits_to_keep=logits_to_keep,
+        )
+        hook.remove()
+        states = [*out.hidden_states[:-1], top[0]]
+        return out.logits[0], [states[k][0] for k in self.aux_layers]
+
+    def keep(self, past: int, path: list[int]) -> None:
+        """Keeps, behind `past` tokens, the KV of the nodes on the accepted path only."""
+        slots = torch.tensor([*range(past), *(past + node for node in path)], device=self.model.device)
+        layer: Any
+        for layer in self.cache.layers:
+            layer.keys, layer.values = layer.keys[:, :, slots], layer.values[:, :, slots]
+
+
+def draw(logits: Tensor, temperature: float, generator: torch.Generator | None) -> int:
+    """One token of the target's distribution [vocab]; the most likely one at temperature 0."""
+    if temperature == 0:
+        return int(logits.argmax())
+    return int(torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator))
+
+
+def accept(
+    tree: Tree, logits: Tensor, temperature: float, generator: torch.Generator | None
+) -> tuple[list[int], int]:
+    """The accepted path, root first, and the token after it.
+
+    At each node a token is drawn from the target; a child that carries it is accepted, else the path ends.
+    Every token of the text is thus a draw from the target, whatever was drafted: no loss at any temperature.
+    """
+    path = [0]
+    while True:
+        token = draw(logits[path[-1]], temperature, generator)
+        children = [node for node, parent in enumerate(tree.parents) if parent == path[-1]]
+        match = next((child for child in children if tree.tokens[child] == token), None)
+        if match is None:
+            return path, token
+        path.append(match)
+
+
+@torch.inference_mode()
+def decode(
+    model: Any,
+    draft: DraftModel,
+    prompt: list[int],
+    propose: Proposer,
+    max_tokens: int,
+    stop: Collection[int] = (),
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> Decoded:
+    """Answers `prompt` (token ids), at most `max_tokens` tokens, up to and with the first token in `stop`.
+
+    `model` is an AutoModelForCausalLM. The last verification counts in full, as in vLLM, though its tokens
+    may go beyond the end of the answer.
+    Raises ValueError on an empty prompt or an aux layer the target lacks.
+    """
+    if not prompt or max_tokens < 1:
+        found = f"{len(prompt)} tokens and max_tokens {max_tokens}"
+        raise ValueError(f"expected a prompt and max_tokens >= 1, found {found}")
+    target, past = Target(model, draft.config.aux_layers), len(prompt)
+    logits, states = target(Tree(prompt, list(range(-1, past - 1))), 0, logits_to_keep=1)
+    new = [draw(logits[-1], temperature, generator)]
+    answer = Decoded(new)
+    following, rows, kv = [*prompt[1:], *new], list(range(past)), None
+    while len(answer.tokens) < max_tokens and not set(new) & set(stop):
+        # the draft reads each new row of the target: state at position p, embedding of the token at p + 1
+        g = draft.fuse([state[rows] for state in states])
+        positions = torch.arange(past - len(rows), past, device=g.device)
+        a, kv = draft.layer(draft.embed(torch.tensor(following, device=g.device)), g, positions, kv)
+        tree = propose(draft, a[-1:], kv, past - 1, new[-1])
+
+        logits, states = target(tree, past)
+        rows, token = accept(tree, logits, temperature, generator)
+        target.keep(past, rows)
+        following = new = [*(tree.tokens[node] for node in rows[1:]), token]
+        past += len(rows)
+        answer.tokens = answer.tokens + new
+        answer.accepted.append(len(new) - 1)
+    end = next((i for i, token in enumerate(answer.tokens, 1) if token in stop), max_tokens)
+    return Decoded(answer.tokens[: min(end, max_tokens)], answer.accepted)

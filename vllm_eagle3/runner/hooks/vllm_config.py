@@ -1,0 +1,23 @@
+"""What happens when a `VllmConfig` is built: the plugin's options are checked, and the cost policy is put in charge."""
+
+from vllm.config.vllm import VllmConfig
+
+from vllm_eagle3.config import Eagle3Options
+
+_stock_post_init = VllmConfig.__post_init__
+
+
+def post_init(self: VllmConfig) -> None:
+    """Replaces `VllmConfig.__post_init__`: what has to be settled before vLLM derives its CUDA graph sizes.
+
+    Raises:
+        ValueError: a bad option in `additional_config`.
+    """
+    speculative = self.speculative_config
+    if speculative is not None and speculative.method == "eagle3":
+        options = Eagle3Options.from_additional_config(self.additional_config)
+        if options.policy == "auto":
+            from vllm_eagle3.runner import policy_scheduler  # imports vLLM's scheduler
+
+            policy_scheduler.install(self, options)
+    _stock_post_init(self)

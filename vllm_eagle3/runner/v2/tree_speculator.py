@@ -1,0 +1,251 @@
+"""Drafting trees in Model Runner V2: the speculator that grows them. `tree_state` verifies them."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.config.compilation import CUDAGraphMode
+from vllm.forward_context import set_forward_context
+from vllm.v1.worker.gpu.attn_utils import build_attn_metadata, build_slot_mappings_by_layer
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
+from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+
+from vllm_eagle3.config import Eagle3Options, TreeOptions
+from vllm_eagle3.runner.v2.accepted_rows import accepted_rows
+from vllm_eagle3.runner.v2.speculator import Eagle3Speculator
+from vllm_eagle3.runner.v2.tree_attention import PathMetadata, select_tree_attention
+from vllm_eagle3.runner.v2.tree_limits import WAY_OUT, refuse_unsupported
+from vllm_eagle3.runner.v2.tree_model_state import TreeModelState
+from vllm_eagle3.tree.growth import MOST_LOGITS, UNUSED, Expansion
+
+
+def make_tree_speculator(
+    vllm_config: VllmConfig, device: torch.device, options: Eagle3Options
+) -> "TreeSpeculator":
+    """The speculator of an engine whose option `tree` is set. Call before the model is built: it picks the
+    attention.
+
+    Raises:
+        ValueError: a setting of this engine that trees do not support; names all of them.
+    """
+    assert options.tree is not None
+    refuse_unsupported(vllm_config, options.tree)
+    select_tree_attention(vllm_config)
+    return TreeSpeculator(vllm_config, device, options.tree)
+
+
+class TreeSpeculator(Eagle3Speculator):
+    """Grows a tree per request from the target's states along the accepted path.
+
+    The first draft step is the chain's, run on the accepted path only. From its last row the tree grows level
+    by level: one pass of the draft layer over the expanded nodes of all requests, their KV in scratch.
+    """
+
+    model: Any  # the draft, vllm_eagle3.model.draft
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, tree: TreeOptions) -> None:
+        super().__init__(vllm_config, device)
+        self.tree = tree
+        self.root_children = (  # written by the first draft step: log-probabilities and ids
+            torch.zeros(self.max_num_reqs, tree.topk, device=device),
+            torch.zeros(self.max_num_reqs, tree.topk, dtype=torch.int64, device=device),
+        )
+        self.chain = torch.zeros(self.max_num_reqs, dtype=torch.bool, device=device)  # requests that get one
+        self.parents = torch.zeros(self.max_num_reqs, tree.nodes, dtype=torch.int64, device=device)
+        self.growth_graphs: CudaGraphManager | None = None
+
+    def load_model(self, target_model: torch.nn.Module) -> None:
+        stock = resolve_model_state_cls(self.vllm_config, target_model)
+        if stock is not DefaultModelState:
+            raise ValueError(
+                f"draft trees do not support targets whose model state is {stock.__name__}; {WAY_OUT}"
+            )
+        # vLLM's hook, set on the instance.
+        target_model.get_model_state_cls = lambda: TreeModelState  # type: ignore[assignment]
+        super().load_model(target_model)
+        # Requests grown together: a level's rows must be no more than the compiled draft takes, and their logits
+        # must fit.
+        rows = min(self.max_num_tokens, MOST_LOGITS // self.model.draft_config.draft_vocab_size)
+        self.group = max(rows // self.tree.topk, 1)
+        (self.draft_attn_layer_name,) = self.draft_attn_layer_names
+        layer = self.vllm_config.compilation_config.static_forward_context[self.draft_attn_layer_name]
+        slots = (self.tree.depth - 1) * self.tree.topk
+        shape = (self.max_num_reqs, slots, layer.num_kv_heads, layer.head_size)
+        self.scratch_keys = torch.zeros(shape, dtype=self.dtype, device=self.device)  # type: ignore[arg-type]
+        self.scratch_values = torch.zeros_like(self.scratch_keys)
+
+    def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
+        """The growth of trees goes into CUDA graphs, the whole of it into one per batch size.
+
+        The first draft step runs eagerly: it has rows of its own, which upstream's capture does not know.
+        """
+        super().init_cudagraph_manager(CUDAGraphMode.NONE)
+        full = cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
+        config = copy.copy(self.vllm_config)
+        config.compilation_config = copy.copy(config.compilation_config)
+        config.compilation_config.cudagraph_capture_sizes = self._graph_sizes()
+        self.growth_graphs = CudaGraphManager(
+            config,
+            self.device,
+            CUDAGraphMode.FULL_DECODE_ONLY if full else CUDAGraphMode.NONE,
+            decode_query_len=1,
+        )
+
+    def _graph_sizes(self) -> list[int]:
+        """Requests per graph: powers of two, up to what vLLM's largest size holds of a level's rows."""
+        largest = (self.vllm_config.compilation_config.max_cudagraph_capture_size or 0) // self.tree.topk
+        largest = min(largest, self.group, self.max_num_reqs)
+        return sorted({largest, *(1 << i for i in range(largest.bit_length()))} - {0})
+
+    def capture(self) -> None:
+        """Capture the growth, see init_cudagraph_manager."""
+        assert self.growth_graphs is not None
+
+        def growth(desc: BatchExecutionDescriptor, warmup: bool) -> Callable[[CUDAGraphMode], None]:
+            assert desc.num_reqs is not None
+            requests = slice(0, desc.num_reqs)
+            self.block_tables.get_dummy_block_tables(desc.num_reqs)
+            self.input_buffers.positions[requests].zero_()
+            return lambda _: self._grow_rows(requests, self.tree.nodes, attend=True)
+
+        self.growth_graphs.capture(growth, progress_bar_desc="Capturing CUDA graphs of the draft tree")
+
+    @torch.inference_mode()
+    def propose(  # type: ignore[override]
+        self,
+        input_batch: Any,
+        attn_metadata: Any,
+        slot_mappings: Any,
+        last_hidden_states: torch.Tensor,
+        aux_hidden_states: list[torch.Tensor] | None,
+        num_sampled: torch.Tensor,
+        num_rejected: torch.Tensor,
+        *args: Any,
+        dummy_run: bool = False,
+        num_speculative_tokens: int | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Draft ids [num_reqs, num_speculative_tokens], as upstream's; their parents go to the model state.
+
+        A step's own num_speculative_tokens (where K depends on the batch) cuts the tree to its best nodes.
+        """
+        envelope = self.num_speculative_steps
+        budget = envelope if num_speculative_tokens is None else num_speculative_tokens
+        trees = None if dummy_run else self._trees  # memory is profiled before there are any
+        if trees is not None and trees.step is not None and trees.step.has_drafts:
+            step = trees.step
+            path = accepted_rows(input_batch, step, trees.path[step.requests], self.tree.depth)
+            attn_metadata, slot_mappings = self._path_metadata(path.batch)
+            input_batch = path.batch
+            last_hidden_states = last_hidden_states[path.rows]
+            aux_hidden_states = aux_hidden_states and [states[path.rows] for states in aux_hidden_states]
+            num_rejected = (num_rejected - path.dropped).clamp(min=0)
+        first = super().propose(
+            input_batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_sampled,
+            num_rejected, *args, dummy_run=dummy_run, num_speculative_tokens=min(budget, 1), **kwargs,
+        )  # fmt: skip
+        if budget == 0:
+            return first
+        batch, nodes = input_batch.num_reqs, min(budget, self.tree.nodes)
+        requests = input_batch.idx_mapping
+        self.chain[:batch] = False if trees is None else trees.chain_only[requests]
+        self._grow(input_batch, nodes, attend=attn_metadata is not None)
+        tokens = self.draft_tokens[:batch]
+        tokens[:, nodes:] = 0
+        if trees is not None:
+            trees.parents[requests] = torch.nn.functional.pad(
+                self.parents[:batch, :nodes], (1, envelope - nodes), value=UNUSED
+            )
+        return tokens
+
+    def sample_draft(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Called by the first draft step with each request's last row: keeps the root's children."""
+        log_probs, ids = self.model.top_children(hidden_states, self.tree.topk)
+        self.root_children[0][: len(ids)] = log_probs
+        self.root_children[1][: len(ids)] = ids
+        return self.root_children[1][: len(ids), 0]
+
+    def _grow(self, input_batch: Any, nodes: int, attend: bool) -> None:
+        """Writes `nodes` nodes or more of each request's tree to draft_tokens and parents.
+
+        attend: False only while memory is profiled, when there is no KV cache.
+        """
+        batch = input_batch.num_reqs
+        if attend:
+            assert self.growth_graphs is not None
+            graph = self.growth_graphs.dispatch(batch, batch, uniform_token_count=1, num_active_loras=0)
+            if graph.cg_mode == CUDAGraphMode.FULL:
+                return self.growth_graphs.run_fullgraph(graph)
+        for first in range(0, batch, self.group):
+            self._grow_rows(slice(first, min(first + self.group, batch)), nodes, attend)
+
+    def _grow_rows(self, at: slice, nodes: int, attend: bool) -> None:
+        """Reads and writes buffers only, and nothing on the host: a CUDA graph may hold it."""
+        batch, topk = at.stop - at.start, self.tree.topk
+        expansion = Expansion(topk, self.chain[at])
+        frontier = expansion.grow(*(children[at, None] for children in self.root_children))
+        states = self.hidden_states[at, None]  # the state that each node's parent hands on
+        last = self.input_buffers.positions[at, None]  # row that the tree grows from
+        paths = torch.zeros(batch, 1, 0, dtype=torch.int64, device=self.device)
+        prefix = None
+        if attend:
+            block_table = self.block_tables.input_block_tables[self._group()][at]
+            prefix = (block_table, last[:, 0] + 1, self.scratch_keys[at], self.scratch_values[at])
+        for level in range(1, min(self.tree.depth, nodes)):  # a path of d nodes takes d of them
+            own = (level - 1) * topk + torch.arange(topk, device=self.device).expand(batch, topk)
+            parents = frontier.parents[..., None]
+            paths = torch.cat([paths.gather(1, parents.expand(-1, -1, level - 1)), own[..., None]], dim=-1)
+            states = states.gather(1, parents.expand(-1, -1, states.shape[-1]))
+            metadata = prefix and {self.draft_attn_layer_name: PathMetadata(*prefix, paths)}
+            positions = (last + level).clamp(max=self.max_model_len - 1).repeat(1, topk)
+            # No slots: the layer writes nothing to the sequence's cache.
+            with set_forward_context(metadata, self.vllm_config, num_tokens=batch * topk, slot_mapping={}):
+                normed, states = self.model(
+                    # The compiled draft was traced with ids of this type and would read others as such.
+                    input_ids=frontier.tokens.flatten().to(self.input_buffers.input_ids.dtype),
+                    positions=positions.flatten(),
+                    hidden_states=states.flatten(0, 1),
+                )
+            states = states.view(batch, topk, -1)
+            log_probs, ids = self.model.top_children(normed, topk)
+            shape = (batch, topk, topk)
+            frontier = expansion.grow(log_probs.view(shape), ids.view(shape))
+        tree = expansion.rerank(nodes)
+        self.draft_tokens[at, :nodes] = tree.tokens
+        self.parents[at, :nodes] = tree.parents
+
+    @property
+    def _trees(self) -> TreeModelState:
+        assert isinstance(self.model_state, TreeModelState)
+        return self.model_state
+
+    def _group(self) -> int:
+        """KV cache group of the draft's layer."""
+        groups = self.kv_cache_config.kv_cache_groups
+        return next(i for i, group in enumerate(groups) if self.draft_attn_layer_name in group.layer_names)
+
+    def _path_metadata(self, batch: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """Attention metadata and slots of the draft's layers for the rows of the accepted paths."""
+        slots = self.block_tables.compute_slot_mappings(
+            batch.idx_mapping, batch.query_start_loc, batch.positions, batch.num_tokens
+        )
+        metadata = build_attn_metadata(
+            attn_groups=self.attn_groups,
+            num_reqs=batch.num_reqs,
+            num_tokens=batch.num_tokens,
+            query_start_loc_gpu=batch.query_start_loc,
+            query_start_loc_cpu=torch.from_numpy(batch.query_start_loc_np),
+            max_query_len=int(batch.num_scheduled_tokens.max()),
+            seq_lens=batch.seq_lens,
+            max_seq_len=int(batch.seq_lens_cpu_upper_bound.max()),
+            block_tables=[table[: batch.num_reqs] for table in self.block_tables.input_block_tables],
+            slot_mappings=slots,
+            kv_cache_config=self.kv_cache_config,
+            seq_lens_cpu_upper_bound=batch.seq_lens_cpu_upper_bound,
+            positions=batch.positions,
+            is_prefilling=torch.from_numpy(batch.is_prefilling_np),
+        )
+        return metadata, build_slot_mappings_by_layer(slots, self.kv_cache_config)
