@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
+
+from vllm_eagle3.provenance import provenance
 
 Variant = Callable[[int], object]  # called with the index of the input copy to use
 Times = dict[str, float]  # microseconds a call: "median", "best"
@@ -185,52 +184,32 @@ def measure_roofline(options: Options) -> Roofline:
     return Roofline(2 * size / best["copy"], 2 * side**3 / best["product"])
 
 
-def provenance(options: Options, data: str) -> dict[str, Any]:
-    """Where a result comes from."""
-    root = Path(__file__).parent.parent
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True)
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    try:
-        import triton
-
-        versions["triton"] = triton.__version__
-    except ImportError:
-        versions["triton"] = "absent"
+def _settings(options: Options, inputs: str) -> dict[str, Any]:
+    """The settings for a result's provenance; `inputs` describes the tensors that were timed."""
+    cuda = torch.device(options.device).type == "cuda"
     return {
-        "commit": commit.stdout.strip() or "unknown",
-        "versions": versions,
-        "device": _device_name(options.device),
-        "data": data,
-        "settings": {
-            "dtype": str(options.dtype).removeprefix("torch."),
-            "threads": torch.get_num_threads(),
-            "seconds": options.seconds,
-            "rows": options.rows,
-            "models": [asdict(m) for m in options.models],
-            "clock": "CUDA graph replay"
-            if torch.device(options.device).type == "cuda"
-            else cpu_clock().__name__,
-        },
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "inputs": inputs,
+        "device": options.device,
+        "dtype": str(options.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "seconds": options.seconds,
+        "rows": options.rows,
+        "models": [asdict(m) for m in options.models],
+        "clock": "CUDA graph replay" if cuda else cpu_clock().__name__,
     }
 
 
-def _device_name(device: str) -> str:
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    names = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    model = next((line.split(":", 1)[1].strip() for line in names if line.startswith("model name")), "")
-    return f"CPU {model or platform.processor()}, {torch.get_num_threads()} thread(s)"
-
-
-def write(results: list[dict[str, Any]], roofline: Roofline, options: Options, data: str) -> None:
+def write(results: list[dict[str, Any]], roofline: Roofline, options: Options, inputs: str) -> None:
     """JSON to --out, if given; always a table on the screen."""
     for row in results:
         times = "  ".join(f"{name} {t['median']:.1f} (best {t['best']:.1f})" for name, t in row["us"].items())
         print(f"{row['model']:>14} rows {row['rows']:>5}  roofline {row['roofline_us']:.1f}  {times}  [us]")
     if options.out is not None:
-        report = {**provenance(options, data), "roofline": asdict(roofline), "results": results}
+        report = {
+            "provenance": provenance([], _settings(options, inputs)),
+            "roofline": asdict(roofline),
+            "results": results,
+        }
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
@@ -238,7 +217,7 @@ def write(results: list[dict[str, Any]], roofline: Roofline, options: Options, d
 def run(
     bench: Callable[[ModelShape, int, Options, Roofline], dict[str, Any]],
     description: str | None,
-    data: str,
+    inputs: str,
     argv: Sequence[str] | None,
     rows: tuple[int, ...] = ROWS,
     cuda_only: str | None = None,
@@ -253,4 +232,4 @@ def run(
     roofline = measure_roofline(options)
     cases = [(model, n) for model in options.models for n in options.rows]
     results = [bench(model, n, options, roofline) for model, n in tqdm(cases, disable=options.dry_run)]
-    write(results, roofline, options, data)
+    write(results, roofline, options, inputs)

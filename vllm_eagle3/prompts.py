@@ -63,8 +63,11 @@ def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Yields (where, object) of a `.jsonl`, `.jsonl.gz`, or `.json` file holding one list.
 
     Raises:
+        FileNotFoundError: there is no such file.
         ValueError: a line is not valid JSON; the message names file and line.
     """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such data file")
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rt", encoding="utf-8") as file:
         if path.name.removesuffix(".gz").endswith(".json"):

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 from closed_form import expected_accepted, greedy_text
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from vllm_eagle3.evaluation import demo_models
 from vllm_eagle3.reference.decode import Proposer, Tree, chain, decode, eagle2_tree
-from vllm_eagle3.reference.draft import DraftConfig, DraftModel
-from vllm_eagle3.reference.load_draft import load_draft
+from vllm_eagle3.reference.draft import DraftModel, PlainDraftConfig, load_draft
 
 VOCAB = 61
 PROMPT = [5, 6, 7, 8, 9]
@@ -32,7 +32,9 @@ def plain_draft(**options: bool) -> DraftModel:
     torch.manual_seed(1)
     sizes: dict[str, Any] = dict(hidden_size=32, intermediate_size=64, head_dim=8, target_hidden_size=32)
     heads: dict[str, Any] = dict(num_attention_heads=4, num_key_value_heads=2, vocab_size=VOCAB)
-    model = DraftModel(DraftConfig(**sizes, **heads, draft_vocab_size=40, aux_layers=(2, 4, 7), **options))
+    model = DraftModel(
+        PlainDraftConfig(**sizes, **heads, draft_vocab_size=40, aux_layers=(2, 4, 7), **options)
+    )
     for weight in model.parameters():
         if weight.dim() > 1:
             weight.data.normal_(0.0, 0.3)  # large enough for attention and positions to matter
@@ -43,6 +45,14 @@ def plain_draft(**options: bool) -> DraftModel:
 @pytest.fixture(scope="module", params=["plain", "norms"])
 def draft(request: pytest.FixtureRequest) -> DraftModel:
     return plain_draft() if request.param == "plain" else plain_draft(fc_norm=True, norm_output=True)
+
+
+def ends(target: Any) -> dict[str, Tensor]:
+    """The target's embeddings and head, for drafts that ship none."""
+    return {
+        "embeddings": target.get_input_embeddings().weight,
+        "head": target.get_output_embeddings().weight,
+    }
 
 
 def greedy(target: Any, prompt: list[int], length: int) -> list[int]:
@@ -188,8 +198,7 @@ def test_sampled_text_follows_the_target(target: Any) -> None:
 def test_closed_form_acceptance(closed_form_target: Path, closed_form_draft: Path) -> None:
     """The draft is wrong on multiples of 5: acceptance of each verification is known."""
     model: Any = AutoModelForCausalLM.from_pretrained(closed_form_target, dtype=torch.float32)
-    ends = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    draft = load_draft(closed_form_draft, closed_form_target, torch.float32, *ends)
+    draft = load_draft(closed_form_draft, target=closed_form_target, **ends(model))
     got = decode(model, draft, [3, 4, 11], chain(4), 50)
     text = greedy_text(11, 60)
     assert got.tokens == text[:50]
@@ -210,8 +219,7 @@ def test_real_draft(tmp_path: Path) -> None:
         pytest.skip(str(error))
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    weights = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    draft = load_draft(head, folder, torch.float32, *weights)
+    draft = load_draft(head, target=folder, **ends(model))
     ids = tokenizer.encode("The capital of France is")
     text = greedy(model, ids, 32)
     for propose in (chain(3), eagle2_tree(3, 4, 10)):

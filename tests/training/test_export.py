@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from vllm_eagle3.checkpoint import CheckpointError, read_checkpoint
-from vllm_eagle3.reference.draft import DraftConfig, DraftModel, rope_frequencies
+from vllm_eagle3.reference.draft import DraftModel, PlainDraftConfig, load_draft, rope_frequencies
 from vllm_eagle3.training.data import load_documents, make_batch
 from vllm_eagle3.training.export import export
 from vllm_eagle3.training.features import Target
@@ -41,7 +41,7 @@ def test_round_trip(
     """Config and every tensor come back through the package's reader, and draft the same tokens."""
     model = draft(target, tiny_rows, options)
     export(model, tmp_path, form, torch.float32, verifier="tiny")
-    again = DraftModel.from_checkpoint(tmp_path, embeddings=target.embeddings)
+    again = load_draft(tmp_path, embeddings=target.embeddings)
     assert again.config == model.config
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name
@@ -91,7 +91,7 @@ def test_unknown_form(target: Target, tiny_rows: Path, tmp_path: Path) -> None:
 
 def test_missing_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="config.json"):
-        DraftModel.from_checkpoint(tmp_path)
+        load_draft(tmp_path)
 
 
 @pytest.mark.parametrize("options", [{}, {"fc_norm": True}], ids=str)
@@ -125,7 +125,7 @@ def test_llama3_rope_is_transformers_own() -> None:
     }
     shape = {"hidden_size": 256, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 128}
     theirs = LlamaRotaryEmbedding(LlamaConfig(**shape, rope_parameters=rope, max_position_embeddings=131072))
-    config = DraftConfig(
+    config = PlainDraftConfig(
         **shape,
         intermediate_size=8,
         vocab_size=8,

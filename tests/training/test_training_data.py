@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from vllm_eagle3.training.data import (
     Document,
@@ -17,7 +18,7 @@ from vllm_eagle3.training.data import (
     split,
     token_counts,
 )
-from vllm_eagle3.training.features import Target, default_aux_layers
+from vllm_eagle3.training.features import Target
 from vllm_eagle3.training.store import FeatureStore
 
 VOCAB = 96
@@ -38,10 +39,10 @@ def test_both_row_forms() -> None:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"text": "hello"}], "row 1: expected prompt_token_ids and response_token_ids, .* found text"),
+        ([{"text": "hello"}], ":1: expected prompt_token_ids and response_token_ids, .* found text"),
         ([{"token_ids": [1, 2], "loss_mask": [1]}], "token_ids has 2 entries but loss_mask has 1"),
-        (["{not json"], "line 1: not valid JSON"),
-        (["[1, 2]"], "line 1: expected a JSON object, found list"),
+        (["{not json"], ":1: not valid JSON"),
+        (["[1, 2]"], ":1: expected a JSON object, found list"),
         ([{"prompt_token_ids": [1], "response_token_ids": [96, 3]}], "vocabulary has 96 entries"),
         ([{"prompt_token_ids": [1], "response_token_ids": [2]}], "no row with two or more answer tokens"),
         ([""], "no row with two or more answer tokens"),
@@ -102,10 +103,10 @@ def test_batches_hold_every_document_once() -> None:
         assert padded < 1.15 * sum(lengths)
 
 
-def test_default_layers() -> None:
-    assert default_aux_layers(30) == (2, 15, 27)
+def test_default_layers_need_seven(tmp_path: Path) -> None:
+    LlamaConfig(num_hidden_layers=4).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="at least 7 layers, found 4"):
-        default_aux_layers(4)
+        Target(tmp_path)
 
 
 def test_layers_the_target_has_not(tiny_target: Path) -> None:

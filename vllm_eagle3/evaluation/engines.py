@@ -96,14 +96,20 @@ class ReferenceEngine:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         from vllm_eagle3.reference.decode import chain, eagle2_tree
-        from vllm_eagle3.reference.load_draft import load_draft
+        from vllm_eagle3.reference.draft import load_draft
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.tokenizer: Any = AutoTokenizer.from_pretrained(settings.target)
         model: Any = AutoModelForCausalLM.from_pretrained(settings.target, dtype=settings.dtype)
         self.model = model.to(device).eval()
         embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-        draft = load_draft(settings.draft, settings.target, self.model.dtype, embeddings, head)
+        draft = load_draft(
+            settings.draft,
+            target=settings.target,
+            dtype=self.model.dtype,
+            embeddings=embeddings,
+            head=head,
+        )
         self.draft = draft.to(device)
         tree, self.chained = settings.tree, mode == "reference-chain"
         self.propose = (

@@ -20,11 +20,10 @@ from typing import Any
 from matplotlib import pyplot as plt
 from transformers import AutoConfig
 
-from vllm_eagle3.prompts import load_prompts
+from vllm_eagle3.prompts import load_prompts, read_rows
 from vllm_eagle3.provenance import provenance
 from vllm_eagle3.reference.draft import DraftModel
 from vllm_eagle3.training import cli
-from vllm_eagle3.training.data import read_rows
 from vllm_eagle3.training.features import Target
 from vllm_eagle3.training.job import TrainJob, build
 

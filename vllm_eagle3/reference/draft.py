@@ -10,14 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vllm_eagle3.checkpoint import CheckpointError, read_checkpoint
-from vllm_eagle3.checkpoint import DraftConfig as CanonicalConfig
+from vllm_eagle3.checkpoint import CheckpointError, DraftConfig, read_checkpoint
 
 KV = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class DraftConfig:
+class PlainDraftConfig:
     """Shapes and conventions of one draft; names are those of `config.json` where one exists."""
 
     hidden_size: int
@@ -55,9 +54,12 @@ class DraftConfig:
             raise ValueError("aux_layers is empty: at least one layer of the target has to be read")
 
     @classmethod
-    def resolved(cls, found: CanonicalConfig, source: str) -> DraftConfig:
-        """From what `vllm_eagle3.checkpoint` resolved. Raises CheckpointError when it left the draft to
-        stock vLLM."""
+    def resolved(cls, found: DraftConfig, source: str) -> PlainDraftConfig:
+        """The plain form of a config that `vllm_eagle3.checkpoint` resolved.
+
+        Raises:
+            CheckpointError: the checkpoint reader left this draft to stock vLLM, or its aux layers are unknown.
+        """
         if found.unsupported_reason or found.aux_layers is None:
             raise CheckpointError(f"{source}: {found.unsupported_reason or 'its aux layers are not known'}")
         body = found.body
@@ -97,7 +99,7 @@ class RMSNorm(nn.Module):
         return (y * self.weight.float()).to(x.dtype)
 
 
-def rope_frequencies(config: DraftConfig) -> Tensor:
+def rope_frequencies(config: PlainDraftConfig) -> Tensor:
     """Inverse frequencies [head_dim / 2] in fp32, with Llama-3 scaling where the config asks for it.
 
     Raises ValueError for a rope type other than default, linear or llama3.
@@ -130,7 +132,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class DraftAttention(nn.Module):
     """Projections of the draft's attention; q, k, v read cat[norm(e), norm(g)] (2h features)."""
 
-    def __init__(self, c: DraftConfig) -> None:
+    def __init__(self, c: PlainDraftConfig) -> None:
         super().__init__()
         bias = c.attention_bias
         self.q_proj = nn.Linear(2 * c.hidden_size, c.num_attention_heads * c.head_dim, bias=bias)
@@ -152,7 +154,7 @@ class DraftAttention(nn.Module):
 
 
 class DraftMLP(nn.Module):
-    def __init__(self, c: DraftConfig) -> None:
+    def __init__(self, c: PlainDraftConfig) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
         self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
@@ -165,7 +167,7 @@ class DraftMLP(nn.Module):
 class DraftLayer(nn.Module):
     """x = attn(cat[e, hidden_norm(g)]) + g;  a = x + mlp(norm(x))."""
 
-    def __init__(self, c: DraftConfig) -> None:
+    def __init__(self, c: PlainDraftConfig) -> None:
         super().__init__()
         self.self_attn = DraftAttention(c)
         self.mlp = DraftMLP(c)
@@ -194,7 +196,7 @@ class DraftModel(nn.Module):
     fc_norm: nn.ModuleList | None
     input_norm: RMSNorm | None
 
-    def __init__(self, config: DraftConfig) -> None:
+    def __init__(self, config: PlainDraftConfig) -> None:
         super().__init__()
         c = self.config = config
         n_aux = len(c.aux_layers)
@@ -280,23 +282,41 @@ class DraftModel(nn.Module):
         """The target id of every draft id, [draft_vocab]."""
         return torch.arange(self.config.draft_vocab_size, device=self.d2t.device) + self.d2t
 
-    @classmethod
-    def from_checkpoint(
-        cls, path: str | Path, dtype: torch.dtype = torch.float32, embeddings: Tensor | None = None
-    ) -> DraftModel:
-        """Load a draft of any dialect that `vllm_eagle3.checkpoint` reads and that ships its own head.
 
-        embeddings [vocab, h]: the target's, for a checkpoint without its own; if neither is there,
-        `embed_tokens` is filled with NaN and has to be set by the caller before use. Raises CheckpointError.
-        """
-        checkpoint = read_checkpoint(path)
-        tensors = dict(checkpoint.tensors())
-        tensors.pop("t2d", None)
-        model = cls(DraftConfig.resolved(checkpoint.config, str(path)))
-        tensors.setdefault("d2t", model.d2t)
-        shape = model.embed_tokens.weight.shape
-        tensors.setdefault(
-            "embed_tokens.weight", torch.full(shape, torch.nan) if embeddings is None else embeddings
-        )
-        model.load_state_dict(tensors)
-        return model.to(dtype).eval()
+def load_draft(
+    path: str | Path,
+    *,
+    target: str | Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    embeddings: Tensor | None = None,
+    head: Tensor | None = None,
+) -> DraftModel:
+    """The draft in directory `path`, of any dialect that `vllm_eagle3.checkpoint` reads.
+
+    target: directory of the target; the draft is checked against its config, which also gives the aux layers
+    where the draft's own config does not name them.
+    embeddings, head [vocab, h]: the target's, used where the checkpoint ships none of its own. Without
+    `embeddings`, `embed_tokens` is then filled with NaN, and the caller has to set it before use.
+
+    Raises:
+        CheckpointError: what `vllm_eagle3.checkpoint` refuses, a draft without a head where `head` is None, or
+            tensors that the plain model has no place for.
+    """
+    checkpoint = read_checkpoint(path, target)
+    model = DraftModel(PlainDraftConfig.resolved(checkpoint.config, str(path)))
+    tensors = dict(checkpoint.tensors())
+    tensors.pop("t2d", None)
+    offsets = tensors.setdefault("d2t", model.d2t)
+    if embeddings is None:
+        embeddings = torch.full(model.embed_tokens.weight.shape, torch.nan)
+    tensors.setdefault("embed_tokens.weight", embeddings)
+    if "lm_head.weight" not in tensors:
+        if head is None:
+            raise CheckpointError(f"{path}: expected lm_head.weight or the target's head, found neither")
+        ids = torch.arange(len(offsets)) + offsets
+        tensors["lm_head.weight"] = head[ids.to(head.device)]
+    unknown = tensors.keys() - model.state_dict().keys()
+    if unknown:
+        raise CheckpointError(f"{path}: the plain draft model has no place for {sorted(unknown)}")
+    model.load_state_dict(tensors)
+    return model.to(dtype).eval()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from vllm_eagle3.prompts import read_rows
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,13 @@ class Batch:
         return Batch(self.tokens.to(device), self.mask.to(device), self.lengths.to(device))
 
 
-def parse_row(row: dict[str, Any], where: str) -> Document:
+def parse_row(row: Any, where: str) -> Document:
     """A Document of {"prompt_token_ids", "response_token_ids"} or {"token_ids", "loss_mask"}.
 
     Raises ValueError that names the place, what was expected and what was found.
     """
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected a JSON object, found {type(row).__name__}")
     if "token_ids" in row and "loss_mask" in row:
         tokens, mask = row["token_ids"], row["loss_mask"]
     elif "prompt_token_ids" in row and "response_token_ids" in row:
@@ -70,23 +72,6 @@ def parse_row(row: dict[str, Any], where: str) -> Document:
     )
 
 
-def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """JSON objects of a .jsonl or .jsonl.gz file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such data file")
-    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not valid JSON ({error})") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
-            yield row
-
-
 def load_documents(paths: Sequence[str | Path], vocab_size: int) -> list[Document]:
     """All rows of `paths` with at least two answer tokens in a row (one is never drafted).
 
@@ -94,11 +79,11 @@ def load_documents(paths: Sequence[str | Path], vocab_size: int) -> list[Documen
     """
     documents = []
     for path in map(Path, paths):
-        for number, row in enumerate(read_rows(path), 1):
-            doc = parse_row(row, f"{path}, row {number}")
+        for where, row in read_rows(path):
+            doc = parse_row(row, where)
             if len(doc.tokens) and not 0 <= doc.tokens.min() <= doc.tokens.max() < vocab_size:
                 raise ValueError(
-                    f"{path}, row {number}: token ids lie in {doc.tokens.min()}..{doc.tokens.max()}, "
+                    f"{where}: token ids lie in {doc.tokens.min()}..{doc.tokens.max()}, "
                     f"but the target's vocabulary has {vocab_size} entries: was this file made for "
                     "another model?"
                 )

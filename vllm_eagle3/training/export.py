@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from vllm_eagle3.reference.draft import DraftConfig, DraftModel
+from vllm_eagle3.reference.draft import DraftModel, PlainDraftConfig
 
 FORMATS = ("flat", "speculators")
 OPTIONS = ("norm_before_residual", "norm_output", "fc_norm")
 
 
-def body(config: DraftConfig) -> dict[str, Any]:
+def body(config: PlainDraftConfig) -> dict[str, Any]:
     """The decoder layer as a transformers config: Llama, or Qwen3 where q and k are normed per head."""
     return {
         "model_type": "qwen3" if config.qk_norm else "llama",
@@ -39,7 +39,7 @@ def body(config: DraftConfig) -> dict[str, Any]:
     }
 
 
-def flat_config(config: DraftConfig, torch_dtype: str) -> dict[str, Any]:
+def flat_config(config: PlainDraftConfig, torch_dtype: str) -> dict[str, Any]:
     """config.json of the flat form; nested aux ids name the *output* of a layer, so they are one less than
     ours."""
     return body(config) | {
@@ -57,7 +57,7 @@ def flat_config(config: DraftConfig, torch_dtype: str) -> dict[str, Any]:
 
 
 def speculators_config(
-    config: DraftConfig,
+    config: PlainDraftConfig,
     torch_dtype: str,
     verifier: str,
     architectures: list[str],

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from vllm_eagle3.checkpoint import default_aux_layers
 from vllm_eagle3.training.data import Batch
 
 
@@ -22,20 +23,6 @@ class Features:
 
     aux: list[Tensor]
     last: Tensor
-
-
-def default_aux_layers(num_layers: int) -> tuple[int, int, int]:
-    """The engines' default (2, n // 2, n - 3); id k is the state after k layers.
-
-    Raises ValueError for a target with fewer than 7 layers, where these are not three layers in order.
-    """
-    low, mid, high = 2, num_layers // 2, num_layers - 3
-    if not low < mid < high:
-        raise ValueError(
-            f"aux_layers: the default (2, n // 2, n - 3) needs a target with at least 7 layers, "
-            f"found {num_layers}; name the layers to read with --aux-layers"
-        )
-    return low, mid, high
 
 
 class Target:
@@ -52,6 +39,11 @@ class Target:
         self.path = str(path)
         self.config: Any = AutoConfig.from_pretrained(path).get_text_config()
         n = self.config.num_hidden_layers
+        if aux_layers is None and n < 7:
+            raise ValueError(
+                f"aux_layers: the default (2, n // 2, n - 3) needs a target with at least 7 layers, "
+                f"found {n}; name the layers to read with --aux-layers"
+            )
         self.aux_layers = default_aux_layers(n) if aux_layers is None else tuple(aux_layers)
         if any(not 0 <= k <= n for k in self.aux_layers):
             raise ValueError(

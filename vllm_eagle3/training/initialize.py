@@ -7,20 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_eagle3.reference.draft import DraftConfig, DraftModel, RMSNorm
+from vllm_eagle3.reference.draft import DraftModel, PlainDraftConfig, RMSNorm
 from vllm_eagle3.training.data import Batch
 from vllm_eagle3.training.features import Features, Target
 
 
-def draft_config(target: Target, draft_vocab_size: int, options: dict[str, Any]) -> DraftConfig:
+def draft_config(target: Target, draft_vocab_size: int, options: dict[str, Any]) -> PlainDraftConfig:
     """Shapes and style (Llama, or Qwen3 with norms on q and k) of the target's own decoder layers.
 
-    `options` are further fields of DraftConfig.
+    `options` are further fields of PlainDraftConfig.
     """
     c = target.config
     heads = c.num_attention_heads
     rope = dict(getattr(c, "rope_parameters", None) or {"rope_type": "default", "rope_theta": c.rope_theta})
-    return DraftConfig(
+    return PlainDraftConfig(
         hidden_size=c.hidden_size,
         intermediate_size=c.intermediate_size,
         num_attention_heads=heads,

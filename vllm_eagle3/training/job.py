@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from vllm_eagle3.reference.draft import DraftModel
+from vllm_eagle3.reference.draft import load_draft
 from vllm_eagle3.training.card import Corpus, write_card
 from vllm_eagle3.training.curves import draw_curves
 from vllm_eagle3.training.data import draft_vocabulary, load_documents, make_batch, split, token_counts
@@ -121,7 +121,7 @@ def build(job: TrainJob) -> tuple[Trainer, Corpus]:
     train, validation = split(load_documents(files, vocab_size), job.validation_share)
     train, validation = train[: job.limit], validation[: job.validation_limit]
     if job.init_from:
-        model = DraftModel.from_checkpoint(job.init_from, embeddings=target.embeddings.float().cpu())
+        model = load_draft(job.init_from, embeddings=target.embeddings.float().cpu())
         if model.config.aux_layers != target.aux_layers or model.config.vocab_size != vocab_size:
             raise ValueError(
                 f"{job.init_from}: made for layers {model.config.aux_layers} and {model.config.vocab_size} "

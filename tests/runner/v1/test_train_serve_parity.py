@@ -7,7 +7,7 @@ from engines import speculative, token_ids
 from random_llama import write_target
 from vllm import SamplingParams
 
-from vllm_eagle3.reference.draft import DraftModel
+from vllm_eagle3.reference.draft import load_draft
 from vllm_eagle3.training.data import Batch
 from vllm_eagle3.training.features import Target
 from vllm_eagle3.training.ttt import Chains, simulate
@@ -59,7 +59,7 @@ def test_logits_of_every_step(engine, tmp_path, flags):
     tokens = torch.tensor([*PROMPT, sampled, *drafts.tolist()])
     batch = Batch(tokens, torch.ones(len(tokens), dtype=torch.bool), torch.tensor([len(tokens)]))
     reader = Target(target, AUX, torch.float32)
-    model = DraftModel.from_checkpoint(draft, torch.float32, reader.embeddings)
+    model = load_draft(draft, embeddings=reader.embeddings)
     chains = Chains.build(batch, STEPS)
     row = chains.rows.tolist().index(len(PROMPT) - 1)
     with torch.no_grad():

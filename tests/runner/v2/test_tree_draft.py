@@ -103,7 +103,7 @@ def test_trees_are_the_references(engine, models, prompts, texts, monkeypatch, i
     from vllm_eagle3.kernels import path_attention
     from vllm_eagle3.model.draft import Eagle3LlamaDraft
     from vllm_eagle3.reference.decode import decode, eagle2_tree
-    from vllm_eagle3.reference.load_draft import load_draft
+    from vllm_eagle3.reference.draft import load_draft
     from vllm_eagle3.runner.v2 import tree_speculator
     from vllm_eagle3.runner.v2.tree_speculator import TreeSpeculator
 
@@ -139,7 +139,7 @@ def test_trees_are_the_references(engine, models, prompts, texts, monkeypatch, i
 
     model = AutoModelForCausalLM.from_pretrained(models[0], dtype=torch.float32)
     embeddings, head = model.get_input_embeddings().weight.data, model.lm_head.weight.data
-    draft = load_draft(models[1], models[0], torch.float32, embeddings, head)
+    draft = load_draft(models[1], target=models[0], embeddings=embeddings, head=head)
     for i, prompt in enumerate(prompts):
 
         def propose(draft, a, kv, position, root, request=i):
