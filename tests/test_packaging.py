@@ -13,6 +13,8 @@ ROOT = Path(__file__).parents[1]
 IMPORTED = """
 import vllm_eagle3.kernels as kernels, vllm_eagle3.checkpoint, vllm_eagle3.plugin
 from importlib.metadata import entry_points
+from vllm_eagle3.kernels.cpu import build
+assert (build.SOURCES / "tree_attention.cpp").exists() and (build.SOURCES / "attention.h").exists()
 print(kernels.__file__)
 print([e.value for e in entry_points(group="vllm.general_plugins")])
 """

@@ -1,0 +1,109 @@
+"""Compiles the C++ kernels of this folder on first use and keeps the library in a cache folder.
+
+The library has a plain C interface (pointers and numbers in a struct) and includes nothing of torch: it builds in
+seconds and does not depend on torch's version. It shares torch's OpenMP threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+logger = logging.getLogger("vllm.eagle3")
+
+SOURCES = Path(__file__).parent
+FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-w")
+TIMEOUT = 300  # seconds
+
+
+@cache
+def native() -> ctypes.CDLL | None:
+    """The compiled kernels; None, after one warning with the reason, where they cannot be compiled.
+
+    The first process to ask compiles, the others wait for it. VLLM_EAGLE3_NATIVE=0 switches the kernels off.
+    """
+    if os.environ.get("VLLM_EAGLE3_NATIVE", "1") == "0":
+        logger.warning("VLLM_EAGLE3_NATIVE=0: draft trees use torch operations instead of native CPU kernels")
+        return None
+    try:
+        return ctypes.CDLL(str(_library()))
+    except (OSError, subprocess.SubprocessError) as error:
+        detail = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        logger.warning(
+            "no native CPU kernels, draft trees use slower torch operations: %s",
+            detail[0] if detail else error,
+        )
+        return None
+
+
+def cache_folder() -> Path:
+    """`vllm-eagle3/native/` under XDG_CACHE_HOME, or ~/.cache if that is not set."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-eagle3" / "native"
+
+
+def _library() -> Path:
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise FileNotFoundError("no C++ compiler found (g++ or clang++; CXX names another)")
+    sources = sorted(SOURCES.glob("*.cpp"))
+    target = "-mcpu=native" if platform.machine() in ("aarch64", "arm64", "ppc64le") else "-march=native"
+    omp = _loaded_openmp()
+    command = [compiler, *FLAGS, target, "-fopenmp", *map(str, sources)]
+    identity = hashlib.sha256(repr((command, omp, _cpu(), _version(compiler))).encode())
+    for file in sorted((*sources, *SOURCES.glob("*.h"))):
+        identity.update(file.read_bytes())
+    folder = cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    library = folder / f"kernels-{identity.hexdigest()[:16]}.so"
+    if not library.exists():
+        with open(folder / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not library.exists():
+                _compile(command, omp, library)
+    return library
+
+
+def _compile(command: list[str], omp: str | None, library: Path) -> None:
+    """Write `library`, whole or not at all."""
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        made = Path(folder) / library.name
+        # Linking against the OpenMP library that torch has loaded keeps one pool of threads in the process.
+        with_openmp = [*command, *([omp] if omp else []), "-o", str(made)]
+        without = [*(part for part in command if part != "-fopenmp"), "-o", str(made)]
+        done = subprocess.run(with_openmp, capture_output=True, text=True, timeout=TIMEOUT)
+        if done.returncode:
+            logger.warning("%s builds no OpenMP program: the native CPU kernels use one thread", command[0])
+            subprocess.run(without, capture_output=True, text=True, timeout=TIMEOUT, check=True)
+        os.replace(made, library)
+
+
+def _loaded_openmp() -> str | None:
+    """Path of the OpenMP library in this process, if the system tells."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return None
+    paths = {line.split(maxsplit=5)[-1] for line in lines if "omp" in line}
+    return next((p for p in sorted(paths) if Path(p).name.startswith(("libgomp", "libomp", "libiomp"))), None)
+
+
+def _cpu() -> str:
+    """What the library was compiled for: a cache folder may be shared by different machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return "".join(sorted({x for x in lines if x.startswith(("flags", "Features", "isa", "model name"))}))
+
+
+def _version(compiler: str) -> str:
+    return subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=TIMEOUT).stdout

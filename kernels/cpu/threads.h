@@ -1,0 +1,14 @@
+// Threads of a loop: those of torch, which are OpenMP's; one where the compiler has no OpenMP.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+
+#ifdef _OPENMP
+#include <omp.h>
+static inline int max_threads() { return omp_get_max_threads(); }
+#else
+static inline int max_threads() { return 1; }
+#endif
+
+static inline int team(size_t items) { return (int)std::clamp<size_t>(items, 1, max_threads()); }
