@@ -56,7 +56,7 @@ def oracle(texts: Sequence[Sequence[int]] | None, vocab: int, seed: int = 0) -> 
     texts: full token lists; request number i continues `texts[i % len(texts)]`. None: trees that never match.
     Requests in `chain_only` get the true continuation as a chain.
     """
-    from vllm_eagle3.runner.v2 import tree_model_state, tree_speculator
+    from vllm_eagle3.runner.v2 import tree_rejection_sampler, tree_speculator
 
     rng, seen = random.Random(seed), Seen()
 
@@ -84,9 +84,9 @@ def oracle(texts: Sequence[Sequence[int]] | None, vocab: int, seed: int = 0) -> 
         seen.moved += int((path != torch.arange(path.shape[1])).sum())
         return path, emitted, count
 
-    original_grow, original_accept = tree_speculator.TreeSpeculator._grow, tree_model_state.accept
-    tree_speculator.TreeSpeculator._grow, tree_model_state.accept = grow, accept
+    original_grow, original_accept = tree_speculator.TreeSpeculator._grow, tree_rejection_sampler.accept
+    tree_speculator.TreeSpeculator._grow, tree_rejection_sampler.accept = grow, accept
     try:
         yield seen
     finally:
-        tree_speculator.TreeSpeculator._grow, tree_model_state.accept = original_grow, original_accept
+        tree_speculator.TreeSpeculator._grow, tree_rejection_sampler.accept = original_grow, original_accept

@@ -95,7 +95,7 @@ LEDGER = (
     Patch(
         module="vllm.v1.worker.gpu.model_runner",
         name="init_speculator",
-        replacement="vllm_eagle3.runner.v2.speculator:init_speculator",
+        replacement="vllm_eagle3.runner.v2.init_speculator:init_speculator",
         seam=Seam(
             "vllm.v1.worker.gpu.spec_decode",
             "init_speculator",

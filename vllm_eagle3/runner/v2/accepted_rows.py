@@ -1,4 +1,4 @@
-"""The rows of a verified batch that the draft goes on from: those of the accepted paths."""
+"""Compact a verified batch to its accepted paths."""
 
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -6,23 +6,22 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from vllm_eagle3.runner.v2.tree_model_state import TreeStep
-
 
 class AcceptedRows(NamedTuple):
-    """A batch cut down to what the draft reads."""
+    """A batch that holds only the rows that the draft reads."""
 
     batch: Any  # InputBatch
     rows: torch.Tensor  # int64 [tokens], where its rows come from
     dropped: torch.Tensor  # int32 [batch], rows left out of each request
 
 
-def accepted_rows(input_batch: Any, step: TreeStep, path: torch.Tensor, max_depth: int) -> AcceptedRows:
+def accepted_rows(input_batch: Any, path_rows: torch.Tensor, max_depth: int) -> AcceptedRows:
     """The batch as if each request had drafted its accepted path as a chain of max_depth tokens.
 
-    A request with drafts keeps its rows up to the root and max_depth rows after it: those of the nodes in
-    `path` (int64 `[batch, nodes + 1]`), at the linear positions that follow the root. Others keep all their
-    rows. How many are dropped is known on the host, which of them are the path's is not.
+    A request with drafts keeps its rows up to the root and max_depth rows after it. Those carry the nodes of
+    `path_rows` (int64 `[batch, nodes + 1]`, row of the accepted path's node at each depth) at the linear positions
+    that follow the root. A request without drafts keeps all its rows. The host knows how many rows are dropped; only
+    the device knows which rows the path has.
     """
     batch = input_batch.num_reqs
     drafts = input_batch.num_draft_tokens_per_req
@@ -43,7 +42,7 @@ def accepted_rows(input_batch: Any, step: TreeStep, path: torch.Tensor, max_dept
     offset = torch.arange(tokens, device=device) - starts[request]
     linear = old_starts[request] + offset  # the dropped rows are a request's last
     node = offset - (lens - (logits - dropped))[request]  # 0 at the root, negative before it
-    in_tree = step.rows[request, path[request, node.clamp(min=0)]]
+    in_tree = path_rows[request, node.clamp(min=0)]
     rows = torch.where(node < 0, linear.long(), in_tree)
     compact = replace(
         input_batch,

@@ -1,4 +1,4 @@
-"""Drafting trees in Model Runner V2: the speculator that grows them. `tree_state` verifies them."""
+"""The speculator that grows draft trees in Model Runner V2; `tree_rejection_sampler` verifies them."""
 
 import copy
 from collections.abc import Callable
@@ -19,7 +19,8 @@ from vllm_eagle3.runner.v2.speculator import Eagle3Speculator
 from vllm_eagle3.runner.v2.tree_attention import PathMetadata, select_tree_attention
 from vllm_eagle3.runner.v2.tree_limits import WAY_OUT, refuse_unsupported
 from vllm_eagle3.runner.v2.tree_model_state import TreeModelState
-from vllm_eagle3.tree.growth import MOST_LOGITS, UNUSED, Expansion
+from vllm_eagle3.runner.v2.tree_state import TreeState
+from vllm_eagle3.tree.growth import MOST_LOGITS, Expansion
 
 
 def make_tree_speculator(
@@ -56,6 +57,7 @@ class TreeSpeculator(Eagle3Speculator):
         self.chain = torch.zeros(self.max_num_reqs, dtype=torch.bool, device=device)  # requests that get one
         self.parents = torch.zeros(self.max_num_reqs, tree.nodes, dtype=torch.int64, device=device)
         self.growth_graphs: CudaGraphManager | None = None
+        self.tree_state: TreeState | None = None  # handed in by set_attn, after memory has been profiled
 
     def load_model(self, target_model: torch.nn.Module) -> None:
         stock = resolve_model_state_cls(self.vllm_config, target_model)
@@ -76,6 +78,11 @@ class TreeSpeculator(Eagle3Speculator):
         shape = (self.max_num_reqs, slots, layer.num_kv_heads, layer.head_size)
         self.scratch_keys = torch.zeros(shape, dtype=self.dtype, device=self.device)  # type: ignore[arg-type]
         self.scratch_values = torch.zeros_like(self.scratch_keys)
+
+    def set_attn(self, model_state: Any, *args: Any, **kwargs: Any) -> None:
+        super().set_attn(model_state, *args, **kwargs)
+        assert isinstance(model_state, TreeModelState)
+        self.tree_state = model_state.tree_state
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         """The growth of trees goes into CUDA graphs, the whole of it into one per batch size.
@@ -128,16 +135,14 @@ class TreeSpeculator(Eagle3Speculator):
         num_speculative_tokens: int | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Draft ids [num_reqs, num_speculative_tokens], as upstream's; their parents go to the model state.
+        """Draft ids [num_reqs, num_speculative_tokens], as upstream's; their parents go to the tree state.
 
-        A step's own num_speculative_tokens (where K depends on the batch) cuts the tree to its best nodes.
+        Where the number of drafts depends on the batch, num_speculative_tokens cuts the tree to its best nodes.
         """
-        envelope = self.num_speculative_steps
-        budget = envelope if num_speculative_tokens is None else num_speculative_tokens
-        trees = None if dummy_run else self._trees  # memory is profiled before there are any
+        budget = self.num_speculative_steps if num_speculative_tokens is None else num_speculative_tokens
+        trees = None if dummy_run else self.tree_state
         if trees is not None and trees.step is not None and trees.step.has_drafts:
-            step = trees.step
-            path = accepted_rows(input_batch, step, trees.path[step.requests], self.tree.depth)
+            path = accepted_rows(input_batch, trees.path_rows(), self.tree.depth)
             attn_metadata, slot_mappings = self._path_metadata(path.batch)
             input_batch = path.batch
             last_hidden_states = last_hidden_states[path.rows]
@@ -156,9 +161,7 @@ class TreeSpeculator(Eagle3Speculator):
         tokens = self.draft_tokens[:batch]
         tokens[:, nodes:] = 0
         if trees is not None:
-            trees.parents[requests] = torch.nn.functional.pad(
-                self.parents[:batch, :nodes], (1, envelope - nodes), value=UNUSED
-            )
+            trees.record_growth(requests, self.parents[:batch, :nodes])
         return tokens
 
     def sample_draft(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -216,11 +219,6 @@ class TreeSpeculator(Eagle3Speculator):
         tree = expansion.rerank(nodes)
         self.draft_tokens[at, :nodes] = tree.tokens
         self.parents[at, :nodes] = tree.parents
-
-    @property
-    def _trees(self) -> TreeModelState:
-        assert isinstance(self.model_state, TreeModelState)
-        return self.model_state
 
     def _group(self) -> int:
         """KV cache group of the draft's layer."""

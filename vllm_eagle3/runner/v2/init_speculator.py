@@ -1,0 +1,28 @@
+"""Which speculator the V2 model runner gets: this project's chain or tree, or vLLM's own."""
+
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.worker.gpu.spec_decode import init_speculator as stock_init_speculator
+
+from vllm_eagle3.config import Eagle3Options
+from vllm_eagle3.model.activate import activate
+from vllm_eagle3.runner.startup_log import report, report_lookahead
+from vllm_eagle3.runner.v2.speculator import Eagle3Speculator
+
+
+def init_speculator(vllm_config: VllmConfig, device: torch.device, req_states: Any) -> Any:
+    """Replaces vLLM's function of this name. Drafts that this project does not serve get vLLM's speculator."""
+    draft_config = activate(vllm_config)
+    if draft_config is None:
+        return stock_init_speculator(vllm_config, device, req_states)
+    options = Eagle3Options.from_additional_config(vllm_config.additional_config)
+    if options.tree is not None:
+        from vllm_eagle3.runner.v2.tree_speculator import make_tree_speculator
+
+        report(draft_config, "V2", vllm_config, "tree")
+        report_lookahead(vllm_config, options.tree)
+        return make_tree_speculator(vllm_config, device, options)
+    report(draft_config, "V2", vllm_config, "chain")
+    return Eagle3Speculator(vllm_config, device)

@@ -1,0 +1,97 @@
+"""What the four phases of a draft tree share: growth, mask, verification and commit read and write one `TreeState`."""
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_eagle3.kernels import ancestor_bits
+from vllm_eagle3.tree.growth import UNUSED
+from vllm_eagle3.tree.mask import TreeMask
+
+
+@dataclass
+class TreeStep:
+    """Where the rows of this step's trees are. Entries past a request's drafts repeat the row of its root."""
+
+    requests: torch.Tensor  # int64 [batch], request-state index
+    rows: torch.Tensor  # int64 [batch, nodes + 1], row of each node in the batch
+    slot_mappings: torch.Tensor  # int64 [kv_cache_groups, tokens], slots of the linear positions
+    has_drafts: bool
+
+
+class TreeState:
+    """The trees of all requests, on the device, one row per request-state index.
+
+    `TreeModelState` owns it and hands it to the rejection sampler and to the speculator. In the order of a step:
+
+    1. `prepare`, before the target's forward, places the trees of the last step in the batch and writes the mask.
+    2. `record_path`, in the rejection sampler, keeps the path that the target accepted.
+    3. `path_rows`, in the commit and in the speculator, says which rows of the batch that path is.
+    4. `record_growth`, in the speculator, keeps the parents of the tree for the next step.
+    """
+
+    def __init__(self, requests: int, nodes: int, tokens: int, device: torch.device) -> None:
+        """requests, tokens: most of a batch. nodes: most drafts of a request, the root excluded."""
+
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(*shape, dtype=torch.int64, device=device)
+
+        self.node_ids = torch.arange(nodes + 1, device=device)
+        self.parents = zeros(requests, nodes + 1) + UNUSED  # column 0, the root's, is ignored
+        self.depth = zeros(requests, nodes + 1)
+        self.path = self.node_ids.repeat(requests, 1)  # node at each depth
+        self.chain_only = torch.zeros(requests, dtype=torch.bool, device=device)
+        # The addresses stay, because a CUDA graph of the target may hold them.
+        self.mask = TreeMask(root=zeros(tokens), bits=zeros(tokens) + 1, positions=zeros(tokens))
+        self.step: TreeStep | None = None
+
+    def add_request(self, request: int, chain_only: bool) -> None:
+        """Clear the row of a new request: the request that had it before may have left a tree."""
+        self.parents[request] = UNUSED
+        self.chain_only[request] = chain_only
+
+    def node_rows(self, roots: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Row of each node [batch, nodes + 1], and whether it is used; an unused node repeats the row of its root.
+
+        roots: int64 [batch, 1], row of each root; the rows of its nodes follow it. counts: int64 [batch, 1], rows
+        of each tree, the root included.
+        """
+        used = self.node_ids < counts
+        return torch.where(used, roots + self.node_ids, roots), used
+
+    def prepare(
+        self,
+        requests: torch.Tensor,
+        roots: torch.Tensor,
+        counts: torch.Tensor,
+        linear_positions: torch.Tensor,
+        slot_mappings: torch.Tensor,
+        has_drafts: bool,
+    ) -> TreeMask:
+        """Begin a step: place the trees that `record_growth` kept. Returns the mask of the batch's rows.
+
+        requests: int64 [batch], request-state index. roots, counts: see `node_rows`. linear_positions, slot_mappings:
+        int64 [tokens] and [kv_cache_groups, tokens], what vLLM gave the rows as if each tree were a chain.
+        """
+        rows, used = self.node_rows(roots, counts)
+        self.step = TreeStep(requests, rows, slot_mappings, has_drafts)
+        depth, bits = ancestor_bits(self.parents[requests])
+        self.depth[requests] = depth.long()
+        self.path[requests] = self.node_ids
+        mask = TreeMask(*(buffer[: len(linear_positions)] for buffer in self.mask))
+        mask.fill(linear_positions, rows, used, depth, bits)
+        return mask
+
+    def record_path(self, requests: torch.Tensor, path: torch.Tensor) -> None:
+        """Keep the accepted paths, int64 [batch, nodes + 1] as from `tree.acceptance.accept`."""
+        self.path[requests] = path
+
+    def path_rows(self) -> torch.Tensor:
+        """int64 [batch, nodes + 1], row in this step's batch of the accepted path's node at each depth."""
+        assert self.step is not None
+        return self.step.rows.gather(1, self.path[self.step.requests])
+
+    def record_growth(self, requests: torch.Tensor, parents: torch.Tensor) -> None:
+        """Keep new trees: parents int64 [batch, columns], node i + 1 in column i; the missing columns are unused."""
+        missing = self.parents.shape[1] - 1 - parents.shape[1]
+        self.parents[requests] = torch.nn.functional.pad(parents, (1, missing), value=UNUSED)
