@@ -1,7 +1,6 @@
 """Several vLLM engines one after another in one process, each cleaned up."""
 
 import gc
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -32,8 +31,16 @@ def running(model: Any, **kwargs: Any) -> Iterator[Any]:
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()
-        if "vllm_eagle3.runner.v2.tree_attention" in sys.modules:
-            sys.modules["vllm_eagle3.runner.v2.tree_attention"].deselect_tree_attention()
+        _forget_tree_attention()
+
+
+def _forget_tree_attention() -> None:
+    """Undo `select_tree_attention` on a CPU, where it lasts for the whole process."""
+    from vllm.v1.attention import selector
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    AttentionBackendEnum.CPU_ATTN.clear_override()
+    selector._cached_get_attn_backend.cache_clear()
 
 
 def speculative(draft: Any, tokens: int, **kwargs: Any) -> dict[str, Any]:

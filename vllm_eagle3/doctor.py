@@ -2,10 +2,8 @@
 
 import argparse
 import importlib
-import importlib.util
 import operator
 import os
-from pathlib import Path
 from typing import Any
 
 from vllm_eagle3 import plugin
@@ -60,24 +58,22 @@ def _runner() -> str:
 
 
 def _ledger() -> int:
-    from vllm_eagle3.runner.ledger import LEDGER, OVERRIDDEN, install
+    from vllm_eagle3.runner.ledger import CALLED, PATCHES, install
+    from vllm_eagle3.runner.overrides import SUBCLASSES
 
     install()
-    specification = importlib.util.find_spec("vllm")
-    assert specification is not None and specification.submodule_search_locations
-    vllm = Path(specification.submodule_search_locations[0])
     misfits = 0
-    for patch in LEDGER:
-        fits, replaced = patch.seam.fits(vllm), _replaced(patch)
+    for patch in PATCHES:
+        fits, replaced = patch.upstream.fits(), _replaced(patch)
         misfits += not fits or replaced == NOT_REPLACED
         print(f"  {patch.module}.{patch.name}: {_verdict(fits)}, {replaced}")
-    for seam in OVERRIDDEN:
-        if not seam.fits(vllm):
+    others = {*CALLED, *(part for subclass in SUBCLASSES for part in subclass.overrides)}
+    for upstream in sorted(others, key=lambda upstream: (upstream.defined_in, upstream.qualname)):
+        if not upstream.fits():
             misfits += 1
-            print(f"  {seam.defined_in}.{seam.qualname}: {_verdict(False)}")
-    print(
-        f"{'seams':14} {len(LEDGER) + len(OVERRIDDEN) - misfits} of {len(LEDGER) + len(OVERRIDDEN)} fit this vLLM"
-    )
+            print(f"  {upstream.defined_in}.{upstream.qualname}: {_verdict(False)}")
+    total = len(PATCHES) + len(others)
+    print(f"{'ledger':14} {total - misfits} of {total} entries fit this vLLM")
     return int(misfits > 0)
 
 

@@ -10,6 +10,7 @@ device the kernels run on the GPU.
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Iterator
@@ -18,42 +19,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from vllm_eagle3.runner import triton_interpreter
+
 sys.path.insert(0, str(Path(__file__).parent))  # reference.py
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 
 
-def _repair_interpreter() -> None:
-    """Two faults of the interpreter of triton 3.9, absent from compiled kernels.
-
-    1. A comparison's result keeps its operands' dtype, so a scalar mask widens when splat.
-    2. tl.dot multiplies the bit patterns of bf16 operands (numpy has no bf16).
-    """
-    import numpy as np
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    binary_op = InterpreterBuilder.binary_op
-
-    def fixed_binary_op(self, lhs, rhs, op):
-        handle = binary_op(self, lhs, rhs, op)
-        if handle.data.dtype == np.bool_:
-            handle.dtype = tl.int1
-        return handle
-
-    def fixed_create_dot(self, a, b, d, *args):
-        def widen(t):
-            return self.cast_impl(t, tl.float32) if t.dtype.scalar == tl.bfloat16 else t
-
-        a, b = widen(a), widen(b)
-        return TensorHandle(np.matmul(a.data, b.data, dtype=d.data.dtype) + d.data, d.dtype.scalar)
-
-    InterpreterBuilder.binary_op, InterpreterBuilder.create_dot = fixed_binary_op, fixed_create_dot
-
-
 if INTERPRETED:
-    _repair_interpreter()
+    triton_interpreter.repair_interpreter(importlib.import_module("triton.runtime.interpreter"))
 elif DEVICE == "cpu":
     collect_ignore_glob = ["test_*.py"]
 

@@ -1,22 +1,48 @@
-"""The ledger against the installed vLLM and, slowly, against the next release's sources (1 s; slow: a download)."""
+"""The ledger against the package, the installed vLLM and the next release's sources (10 s; slow: a download)."""
 
-import importlib.util
+import importlib
+import inspect
+import pkgutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from vllm_eagle3.runner.ledger import LEDGER, OVERRIDDEN, Seam
+import vllm_eagle3.model
+import vllm_eagle3.runner
+from vllm_eagle3.runner.ledger import CALLED, INTERPRETER_CHANGES, PATCHES
+from vllm_eagle3.runner.overrides import SUBCLASSES
+from vllm_eagle3.runner.upstream import UpstreamSignature, installed
 
-SEAMS = [*(patch.seam for patch in LEDGER), *OVERRIDDEN]
-INSTALLED = Path(importlib.util.find_spec("vllm").submodule_search_locations[0])
+ENTRIES = (*PATCHES, *INTERPRETER_CHANGES, *SUBCLASSES)
+UPSTREAM = list(
+    dict.fromkeys(
+        [
+            *(patch.upstream for patch in PATCHES),
+            *(part for change in INTERPRETER_CHANGES for part in change.upstream),
+            *(part for subclass in SUBCLASSES for part in subclass.overrides),
+            *CALLED,
+        ]
+    )
+)
+# Set by Python or by typing on every class of the kind.
+OF_THE_LANGUAGE = {
+    "__module__",
+    "__doc__",
+    "__annotations__",
+    "__parameters__",
+    "__abstractmethods__",
+    "_abc_impl",
+}
+OF_THE_LANGUAGE |= {"_is_protocol", "__subclasshook__"}
 
 
-@pytest.mark.parametrize("seam", SEAMS, ids=lambda seam: seam.qualname)
-def test_signature_is_what_we_were_written_for(seam):
-    assert seam.fits(INSTALLED), seam.found(INSTALLED)
+@pytest.mark.parametrize("upstream", UPSTREAM, ids=lambda upstream: upstream.qualname)
+def test_signature_is_the_one_this_project_was_written_for(upstream):
+    assert upstream.fits(), upstream.found()
 
 
 def looks_up(vllm: Path, module: str, name: str) -> bool:
@@ -26,12 +52,78 @@ def looks_up(vllm: Path, module: str, name: str) -> bool:
     )
 
 
-@pytest.mark.parametrize("patch", LEDGER, ids=lambda patch: patch.name)
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.name)
 def test_name_is_looked_up_where_it_is_replaced(patch):
-    assert looks_up(INSTALLED, patch.module, patch.name)
-    module, attribute = patch.replacement.split(":")
+    assert looks_up(installed("vllm"), patch.module, patch.name)
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=str)
+def test_an_entry_names_what_exists_and_says_why(entry):
+    path = getattr(entry, "replacement", None) or getattr(entry, "function", None) or entry.name
+    module, attribute = path.split(":")
     assert hasattr(importlib.import_module(module), attribute)
-    assert patch.why and patch.until
+    assert entry.reason and entry.remove_when
+
+
+def is_upstream(cls: type) -> bool:
+    return cls.__module__.split(".")[0] == "vllm"
+
+
+def subclasses_of_upstream() -> Iterator[type]:
+    """Every class that `runner/` and `model/` define and that derives from one of vLLM's."""
+    for room in (vllm_eagle3.runner, vllm_eagle3.model):
+        for found in pkgutil.walk_packages(room.__path__, f"{room.__name__}."):
+            module = importlib.import_module(found.name)
+            for cls in vars(module).values():
+                if (
+                    inspect.isclass(cls)
+                    and cls.__module__ == found.name
+                    and any(map(is_upstream, cls.__mro__))
+                ):
+                    yield cls
+
+
+def overrides(cls: type) -> set[tuple[str, str]]:
+    """(module, "Class.name") of everything of vLLM's that `cls`, or a mixin of its own, defines anew."""
+    theirs = [base for base in cls.__mro__ if is_upstream(base)]
+    mixins = [base for base in cls.__mro__ if base.__module__.startswith("vllm_eagle3.")]
+    mixins = [cls, *(base for base in mixins if not any(map(is_upstream, base.__mro__)))]
+    out = set()
+    for name in {name for base in mixins for name in vars(base)} - OF_THE_LANGUAGE:
+        owner = next((base for base in theirs if name in vars(base)), None)
+        if owner is not None:
+            out.add((owner.__module__, f"{owner.__qualname__}.{name}"))
+    return out
+
+
+def unlisted(classes: Iterator[type]) -> set[str]:
+    """The overrides of `classes` that the ledger lacks, and the entries of the ledger that override nothing."""
+    listed = {
+        (subclass.name, part.defined_in, part.qualname)
+        for subclass in SUBCLASSES
+        for part in subclass.overrides
+    }
+    found = {
+        (f"{cls.__module__}:{cls.__qualname__}", *override) for cls in classes for override in overrides(cls)
+    }
+    return {" overrides ".join((name, f"{module}.{attribute}")) for name, module, attribute in listed ^ found}
+
+
+def test_every_override_in_the_package_is_listed():
+    assert unlisted(subclasses_of_upstream()) == set()
+
+
+def test_an_unlisted_override_is_found():
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    class Impolite(Scheduler):
+        def finish_requests(self, *args):
+            return super().finish_requests(*args)
+
+    found = unlisted(iter([*subclasses_of_upstream(), Impolite]))
+    assert len(
+        found
+    ) == 1 and "Impolite overrides vllm.v1.core.sched.scheduler.Scheduler.finish_requests" in str(found)
 
 
 def test_every_entry_is_in_place_in_a_fresh_process():
@@ -40,12 +132,12 @@ def test_every_entry_is_in_place_in_a_fresh_process():
         "import importlib, operator, vllm.config.vllm\n"
         "from vllm_eagle3.plugin import register\n"
         "register()\n"
-        "from vllm_eagle3.runner.ledger import LEDGER\n"
-        "for patch in LEDGER:\n"
+        "from vllm_eagle3.runner.ledger import PATCHES\n"
+        "for patch in PATCHES:\n"
         "    found = operator.attrgetter(patch.name)(importlib.import_module(patch.module))\n"
         "    module, name = patch.replacement.split(':')\n"
-        "    ours = getattr(importlib.import_module(module), name)\n"
-        "    assert found is ours, f'{patch.module}.{patch.name} is {found}'\n"
+        "    expected = getattr(importlib.import_module(module), name)\n"
+        "    assert found is expected, f'{patch.module}.{patch.name} is {found}'\n"
     )
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -53,12 +145,21 @@ def test_every_entry_is_in_place_in_a_fresh_process():
 
 def test_a_changed_signature_is_seen(tmp_path):
     (tmp_path / "some").mkdir()
-    (tmp_path / "some" / "room.py").write_text("class A:\n    def f(self, x, *, y=1): ...\n")
-    assert Seam("vllm.some.room", "A.f", "").found(tmp_path) == "self, x, y"
-    assert Seam("vllm.some.room", "A.g", "").found(tmp_path) is None
-    assert Seam("vllm.no.room", "A.f", "").found(tmp_path) is None
-    assert not Seam("vllm.some.room", "A.f", "self, x").fits(tmp_path)
-    assert Seam("vllm.some.room", "A.f", "self, x", also=("self, x, y",)).fits(tmp_path)
+    (tmp_path / "some" / "room.py").write_text(
+        "from other import kind\nclass A:\n    flag = True\n    def f(self, x, *, y=1):\n        self.state: int = 3\n"
+    )
+    found = {
+        "A.f": "self, x, y",
+        "A.g": None,
+        "B.f": None,
+        "A.flag": "True",
+        "A.state": "int",
+        "kind": "from other",
+    }
+    assert {name: UpstreamSignature("vllm.some.room", name, "").found(tmp_path) for name in found} == found
+    assert UpstreamSignature("vllm.no.room", "A.f", "").found(tmp_path) is None
+    assert not UpstreamSignature("vllm.some.room", "A.f", "self, x").fits(tmp_path)
+    assert UpstreamSignature("vllm.some.room", "A.f", "self, x", also=("self, x, y",)).fits(tmp_path)
 
 
 @pytest.mark.slow
@@ -71,5 +172,6 @@ def test_next_release(tmp_path):
     with zipfile.ZipFile(next(tmp_path.glob("vllm-*.whl"))) as wheel:
         wheel.extractall(tmp_path, [name for name in wheel.namelist() if name.endswith(".py")])
     vllm = tmp_path / "vllm"
-    assert {seam.qualname: seam.found(vllm) for seam in SEAMS if not seam.fits(vllm)} == {}
-    assert all(looks_up(vllm, patch.module, patch.name) for patch in LEDGER)
+    theirs = [upstream for upstream in UPSTREAM if upstream.defined_in.startswith("vllm.")]
+    assert {upstream.qualname: upstream.found(vllm) for upstream in theirs if not upstream.fits(vllm)} == {}
+    assert all(looks_up(vllm, patch.module, patch.name) for patch in PATCHES)

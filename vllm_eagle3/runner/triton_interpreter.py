@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from vllm_eagle3.runner.hooks.after_import import after_import
+from vllm_eagle3.runner.ledger import INTERPRETER_CHANGES
 
 ENV = "VLLM_EAGLE3_INTERPRET"
 NEG_INF = float("-inf")
@@ -45,7 +46,7 @@ def install() -> None:
         _forget_triton()
     os.environ["TRITON_INTERPRET"] = "1"
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "1")
-    after_import(_PATCHES)
+    after_import([(change.module, change.apply) for change in INTERPRETER_CHANGES])
 
 
 def _forget_triton() -> None:
@@ -64,7 +65,7 @@ def platform_plugin() -> None:
         install()
 
 
-def _add_cpu_backend(backends: ModuleType) -> None:
+def add_cpu_backend(backends: ModuleType) -> None:
     """Opens vLLM's HAS_TRITON gate, which asks for an active driver of a backend named "cpu"."""
 
     class InterpreterDriver:
@@ -88,14 +89,18 @@ def _add_cpu_backend(backends: ModuleType) -> None:
     backends.backends.setdefault("cpu", backends.Backend(compiler=None, driver=InterpreterDriver))
 
 
-def _fix_comparison_dtype(interpreter: ModuleType) -> None:
-    """A comparison's handle keeps its operands' dtype though its data are bool, so masks get an
-    unsupported dtype.
+def repair_interpreter(interpreter: ModuleType) -> None:
+    """Mend two faults of the interpreter of triton 3.9 that compiled kernels don't have.
+
+    1. The result of a comparison keeps the dtype of its operands although its data are bool, so a scalar mask widens
+       when it is splat.
+    2. tl.dot multiplies the bit patterns of bf16 operands, because numpy has no bf16.
     """
     import numpy as np
     import triton.language as tl
 
-    original = interpreter.InterpreterBuilder.binary_op
+    builder = interpreter.InterpreterBuilder
+    original = builder.binary_op
 
     def binary_op(self: Any, lhs: Any, rhs: Any, op: Any) -> Any:
         handle = original(self, lhs, rhs, op)
@@ -103,10 +108,19 @@ def _fix_comparison_dtype(interpreter: ModuleType) -> None:
             handle.dtype = tl.int1
         return handle
 
-    interpreter.InterpreterBuilder.binary_op = binary_op
+    def create_dot(self: Any, a: Any, b: Any, d: Any, *args: Any) -> Any:
+        def widen(t: Any) -> Any:
+            return self.cast_impl(t, tl.float32) if t.dtype.scalar == tl.bfloat16 else t
+
+        a, b = widen(a), widen(b)
+        return interpreter.TensorHandle(
+            np.matmul(a.data, b.data, dtype=d.data.dtype) + d.data, d.dtype.scalar
+        )
+
+    builder.binary_op, builder.create_dot = binary_op, create_dot
 
 
-def _fill_libdevice(libdevice: ModuleType) -> None:
+def fill_libdevice(libdevice: ModuleType) -> None:
     """libdevice functions are stubs in the interpreter: give the two that vLLM's sampling calls a body."""
     import numpy as np
     import triton.language as tl
@@ -129,7 +143,7 @@ def _fill_libdevice(libdevice: ModuleType) -> None:
     setattr(libdevice, "isnan", elementwise(np.isnan, tl.int32))  # noqa: B010
 
 
-def _init_amx(_: ModuleType) -> None:
+def init_amx(_: ModuleType) -> None:
     """CPU attention in bf16 dies with SIGILL on AMX machines unless the tiles have been asked for."""
     import torch
 
@@ -137,7 +151,7 @@ def _init_amx(_: ModuleType) -> None:
         torch.cpu._init_amx()
 
 
-def _torch_topk_topp(sampler: ModuleType) -> None:
+def use_torch_topk_topp(sampler: ModuleType) -> None:
     """vLLM's Triton top-k/top-p kernel calls `.to()` on a plain int, which the interpreter cannot do."""
     setattr(sampler, "HAS_TRITON", False)  # noqa: B010
 
@@ -167,12 +181,12 @@ class _OneBlockPerRow:
         return launch
 
 
-def _coalesce_gumbel(gumbel: ModuleType) -> None:
+def coalesce_gumbel(gumbel: ModuleType) -> None:
     partial = {"local_argmax_ptr": 0, "local_max_ptr": NEG_INF}
     gumbel._gumbel_sample_kernel = _OneBlockPerRow(gumbel._gumbel_sample_kernel, "vocab_size", partial)  # type: ignore[attr-defined]
 
 
-def _coalesce_rejection(utils: Any) -> None:
+def coalesce_rejection(utils: Any) -> None:
     stats = {
         "target_local_argmax_ptr": 0,
         "target_local_max_ptr": NEG_INF,
@@ -184,14 +198,3 @@ def _coalesce_rejection(utils: Any) -> None:
     kernel = utils._compute_local_logits_stats_kernel
     utils._compute_local_logits_stats_kernel = _OneBlockPerRow(kernel, "vocab_size", stats)
     utils._resample_kernel = _OneBlockPerRow(utils._resample_kernel, "vocab_size", resample)
-
-
-_PATCHES: dict[str, Callable[[ModuleType], None]] = {
-    "triton.backends": _add_cpu_backend,
-    "triton.runtime.interpreter": _fix_comparison_dtype,
-    "triton.language.extra.libdevice": _fill_libdevice,
-    "vllm.v1.attention.backends.cpu_attn": _init_amx,
-    "vllm.v1.sample.ops.topk_topp_sampler": _torch_topk_topp,
-    "vllm.v1.worker.gpu.sample.gumbel": _coalesce_gumbel,
-    "vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils": _coalesce_rejection,
-}

@@ -38,7 +38,15 @@ def test_trees_on_gpu_kernels(engine, tmp_path, monkeypatch):
     )  # few programs
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(Eagle3LlamaDraft, "_fuses_head", lambda self, x: True)
-    monkeypatch.setattr(tree_attention, "TreeCPUAttentionBackend", tree_attention.TreeTritonAttentionBackend)
+
+    class OnACPU(tree_attention.TreeTritonAttentionBackend):
+        """Under the name of the CPU's only backend, which the platform looks up."""
+
+        @staticmethod
+        def get_name():
+            return "CPU_ATTN"
+
+    monkeypatch.setattr(tree_attention, "TreeCPUAttentionBackend", OnACPU)
     llm = engine(target, speculative_config=speculative(draft, 10), additional_config=OPTIONS, **SIZES)
     layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
     assert {type(layer.impl) for layer in layers} == {tree_attention.TreeTritonAttentionImpl}

@@ -1,30 +1,36 @@
-"""Runs a function right after a module has been imported, without importing it."""
+"""Run functions right after a module has been imported, without importing it."""
 
 import importlib.abc
 import importlib.util
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
 
-Then = Callable[[ModuleType], None]
+Callback = Callable[[ModuleType], None]
 
 
-def after_import(then: Mapping[str, Then]) -> None:
-    """Call `then[name]` with module `name` once it has executed; at once for modules already imported."""
-    pending = dict(then)
-    for name in [name for name in pending if name in sys.modules]:
-        pending.pop(name)(sys.modules[name])
+def after_import(callbacks: Iterable[tuple[str, Callback]]) -> None:
+    """Call each callback with the module it is paired with, once that has executed; at once if it is imported already.
+
+    Callbacks of one module are called in the order given.
+    """
+    pending: dict[str, list[Callback]] = {}
+    for name, callback in callbacks:
+        if name in sys.modules:
+            callback(sys.modules[name])
+        else:
+            pending.setdefault(name, []).append(callback)
     sys.meta_path.insert(0, _PostImport(pending))
 
 
 class _PostImport(importlib.abc.MetaPathFinder):
-    def __init__(self, pending: dict[str, Then]) -> None:
+    def __init__(self, pending: dict[str, list[Callback]]) -> None:
         self.pending = pending
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
-        then = self.pending.pop(fullname, None)
-        if then is None:
+        callbacks = self.pending.pop(fullname, None)
+        if callbacks is None:
             return None
         spec = importlib.util.find_spec(fullname)
         if spec is None or spec.loader is None:
@@ -34,7 +40,8 @@ class _PostImport(importlib.abc.MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
-            then(module)
+            for callback in callbacks:
+                callback(module)
 
         loader.exec_module = exec_module
         return spec

@@ -39,12 +39,6 @@ def select_tree_attention(vllm_config: Any) -> None:
     selector._cached_get_attn_backend.cache_clear()
 
 
-def deselect_tree_attention() -> None:
-    """Undo `select_tree_attention`, for a process that builds another engine after one with trees."""
-    AttentionBackendEnum.CPU_ATTN.clear_override()
-    selector._cached_get_attn_backend.cache_clear()
-
-
 def with_tree(metadata: Any, mask: TreeMask) -> Any:
     """A copy of a layer's attention metadata that carries a tree mask.
 
@@ -143,8 +137,6 @@ def refuse_layer(impl: Any) -> None:
 class TreeCPUAttentionBackend(CPUAttentionBackend):
     """Overrides CPU_ATTN for a whole engine: torch attention on an unpacked cache, with or without trees."""
 
-    forward_includes_kv_cache_update = False
-
     @staticmethod
     def get_impl_cls() -> type["TreeCPUAttentionImpl"]:
         return TreeCPUAttentionImpl
@@ -199,7 +191,7 @@ class TreeTritonAttentionBackend(TritonAttentionBackend):
 
     @staticmethod
     def get_name() -> str:
-        return "CPU_ATTN" if current_platform.is_cpu() else "CUSTOM"
+        return "CUSTOM"
 
     @staticmethod
     def get_impl_cls() -> type["TreeTritonAttentionImpl"]:
