@@ -11,18 +11,22 @@ from .head_topk import HeadTopK, head_topk, local_topk, merge_topk
 from .linear_fp8 import linear_fp8, quant_fp8
 from .norm_concat import NormConcat, norm_concat
 from .path_attention import path_attention
+from .topk import MOST_LOGITS, UNLIKELY, finite, top_children, top_k
 from .tree_attention import tree_attention
 from .tree_steps import MAX_NODES, ancestor_bits, tree_walk
 
 __all__ = [
     "HAS_TRITON",
     "MAX_NODES",
+    "MOST_LOGITS",
+    "UNLIKELY",
     "HeadTopK",
     "KVTable",
     "NormConcat",
     "ancestor_bits",
     "commit_kv",
     "concat_fc",
+    "finite",
     "head_topk",
     "kv_table",
     "linear_fp8",
@@ -31,6 +35,8 @@ __all__ = [
     "norm_concat",
     "path_attention",
     "quant_fp8",
+    "top_children",
+    "top_k",
     "tree_attention",
     "tree_walk",
 ]

@@ -45,12 +45,12 @@ def _entry_point_allowed() -> bool:
 
 
 def _runner() -> str:
-    from vllm.triton_utils import HAS_TRITON
+    from vllm_eagle3.runner.triton_interpreter import triton_is_usable
 
     choice = os.environ.get("VLLM_USE_V2_MODEL_RUNNER")
     if choice == "0":
         return "V1 (VLLM_USE_V2_MODEL_RUNNER=0)"
-    if not HAS_TRITON:
+    if not triton_is_usable():
         return "V1 (Triton has no backend for this device): chains only"
     return "V2" + (
         " (VLLM_USE_V2_MODEL_RUNNER=1)" if choice == "1" else " where vLLM supports the model on it"

@@ -44,7 +44,7 @@ def register() -> None:
             version or "no vLLM",
         )
         return
-    from vllm.model_executor.models import ModelRegistry
+    from vllm import ModelRegistry
 
     from vllm_eagle3.runner import ledger
 

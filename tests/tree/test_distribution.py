@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from vllm_eagle3.kernels import top_k
 from vllm_eagle3.tree.acceptance import accept
-from vllm_eagle3.tree.growth import Expansion, Tree, top_k
+from vllm_eagle3.tree.growth import Expansion, Tree
 
 VOCAB, LENGTH, SAMPLES = 5, 3, 20_000
 

@@ -19,12 +19,10 @@ from vllm.model_executor.models.qwen3_eagle3 import Eagle3Qwen3ForCausalLM
 from vllm_eagle3.checkpoint import canonical_tensors
 from vllm_eagle3.checkpoint.target_head import target_head_rows
 from vllm_eagle3.config import Eagle3Options
-from vllm_eagle3.kernels.concat_fc import concat_fc
-from vllm_eagle3.kernels.head_topk import HeadTopK, head_topk
+from vllm_eagle3.kernels import HeadTopK, concat_fc, finite, head_topk, top_children
 from vllm_eagle3.model.activate import draft_config
 from vllm_eagle3.model.int8 import Int8Linear, int8_layers
 from vllm_eagle3.model.ops import add_rms_norm, linear, rms_norm, silu_and_mul
-from vllm_eagle3.tree.growth import finite, top_children
 
 
 class _DraftMixin(nn.Module):

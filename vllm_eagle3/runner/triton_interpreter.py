@@ -26,6 +26,13 @@ def enabled() -> bool:
     return os.environ.get(ENV, "0") == "1"
 
 
+def triton_is_usable() -> bool:
+    """Whether vLLM uses Triton in this process, interpreted or not. Imports vLLM."""
+    from vllm.triton_utils import HAS_TRITON
+
+    return HAS_TRITON
+
+
 def install() -> None:
     """Make the interpreter serve as Triton's CPU backend in this process. Idempotent.
 

@@ -7,52 +7,14 @@ from typing import NamedTuple
 
 import torch
 
-UNLIKELY = -1e4  # log-probability of a token that the draft gives no finite value for
+from vllm_eagle3.kernels import top_k
+
 UNUSED = -1  # parent of an unused node
-MOST_LOGITS = 1 << 25  # looked at in one go; top_k takes some 50 bytes for each
 
 
 def candidates(depth: int, topk: int) -> int:
     """Nodes that an expansion scores: topk at the first level, topk * topk at each later one."""
     return topk + (depth - 1) * topk * topk
-
-
-def top_k(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k largest of the last dimension, equal values in ascending order of index (`torch.topk` leaves that
-    open).
-
-    values: `[..., n]` without NaN, any float dtype. Returns values (float32) and int64 indices, both `[...,
-    k]`. A float's bits order like a sign-magnitude integer; with the index below them each key is unique.
-    """
-    floats = values.float() + 0.0  # -0.0 becomes 0.0
-    bits = floats.contiguous().view(torch.int32).long()
-    order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    index = torch.arange(values.shape[-1], device=values.device)
-    key = order * 2**32 + (2**32 - 1 - index)
-    chosen = torch.topk(key, k, dim=-1).values & (2**32 - 1)
-    indices = 2**32 - 1 - chosen
-    return floats.gather(-1, indices), indices
-
-
-def top_children(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k likeliest tokens of each row of draft logits `[..., draft_vocab]`: log-probabilities and ids
-    `[..., k]`.
-
-    Whatever is not finite counts as UNLIKELY, so that a broken draft makes bad trees and nothing worse.
-    """
-    rows = max(MOST_LOGITS // logits.shape[-1], 1)
-    if logits.dim() == 2 and len(logits) > rows:
-        parts = [top_children(part, k) for part in logits.split(rows)]
-        return torch.cat([values for values, _ in parts]), torch.cat([ids for _, ids in parts])
-    logits = logits.float()
-    log_z = torch.logsumexp(logits, dim=-1, keepdim=True)
-    values, ids = top_k(torch.nan_to_num(logits, nan=float("-inf"), posinf=float("-inf")), k)
-    return finite(values - log_z), ids
-
-
-def finite(log_probs: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities from UNLIKELY to 0; whatever is none counts as UNLIKELY."""
-    return torch.nan_to_num(log_probs, nan=UNLIKELY, posinf=UNLIKELY, neginf=UNLIKELY).clamp(UNLIKELY, 0.0)
 
 
 class Tree(NamedTuple):
@@ -77,14 +39,12 @@ class Frontier(NamedTuple):
 class Expansion:
     """Scores candidates level by level. A candidate's score is the sum of log-probabilities along its path.
 
-    1. The root's topk children are the first level; all of them are expanded.
-    2. Each expanded node has topk children. The topk best of that level's topk^2 candidates are expanded
-    next.
-    3. At the end the `nodes` best candidates of all levels are kept. A child never scores above its parent
-    and is
-       listed after it, so with ties going to the lower index the kept ones are connected.
+    1. The root's topk children are the first level. All of them are expanded.
+    2. Each expanded node has topk children. The topk best of a level's topk^2 candidates are expanded next.
+    3. At the end the `nodes` best candidates of all levels are kept. A child never scores above its parent and is
+       listed after it, so that the kept candidates are connected: equal scores go to the lower index.
 
-    Requests in `chain` (bool `[batch]`) keep only the greedy path: everything else scores -inf.
+    Requests in `chain` (bool `[batch]`) keep only the greedy path: every other candidate scores -inf.
     """
 
     def __init__(self, topk: int, chain: torch.Tensor) -> None:
