@@ -12,7 +12,7 @@ from .linear_fp8 import linear_fp8, quant_fp8
 from .norm_concat import NormConcat, norm_concat
 from .path_attention import path_attention
 from .topk import MOST_LOGITS, UNLIKELY, finite, top_children, top_k
-from .tree_attention import tree_attention
+from .tree_attention import node_attention, tree_attention
 from .tree_steps import MAX_NODES, ancestor_bits, tree_walk
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "linear_fp8",
     "local_topk",
     "merge_topk",
+    "node_attention",
     "norm_concat",
     "path_attention",
     "quant_fp8",

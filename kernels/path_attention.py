@@ -12,24 +12,41 @@ import torch
 from torch import Tensor
 
 from ._triton import Backend, cdiv, choose_backend, next_power_of_2, tl, triton
-from .tree_attention import choose_splits, merge_splits, tile_of
+from .split_kv import LEAST_KEYS, choose_splits, merge_splits, partials, tile_of
 
 GATHERED = 1 << 14  # cached tokens, of all requests together, that the torch twin gathers at a time
 
 
 @triton.jit
-def _path_attention_kernel(out_ptr, part_ptr, part_max_ptr, part_sum_ptr, q_ptr, kv_ptr, table_ptr, lens_ptr,
-                           keys_ptr, values_ptr, paths_ptr, scale, window, length, nodes, block_size,
-                           table_stride, stride_block, stride_head, stride_slot, scratch_request,
-                           scratch_slot, path_request, path_node, q_stride, heads, GROUP: tl.constexpr,
-                           SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-                           BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr,
-                           HAS_WINDOW: tl.constexpr):  # fmt: skip
+def _path_attention_kernel(
+    out_ptr,
+    part_ptr, part_max_ptr, part_sum_ptr,
+    q_ptr, q_stride,
+    kv_ptr, kv_block_stride, kv_head_stride, kv_slot_stride,
+    table_ptr, table_stride,
+    lens_ptr,
+    keys_ptr, values_ptr, scratch_request_stride, scratch_slot_stride,
+    paths_ptr, path_request_stride, path_node_stride,
+    length, nodes, heads, scale, window,
+    GROUP: tl.constexpr,
+    SPLITS: tl.constexpr,
+    LEAST_TILES: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+):  # fmt: skip
     """BLOCK_Q nodes of a request x the heads of one KV head, over one share of the prefix."""
-    request = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(
+        nodes, BLOCK_Q
+    )  # those of a request are neighbours in the grid: they share keys in the L2 cache
+    request = (tl.program_id(0) // blocks).to(tl.int64)
+    block = tl.program_id(0) % blocks
     kv_head = tl.program_id(1)
-    block = tl.program_id(2) // SPLITS
-    split = tl.program_id(2) % SPLITS
+    split = tl.program_id(2)
     prefix = tl.load(lens_ptr + request).to(tl.int32)
 
     m = tl.arange(0, BLOCK_M)
@@ -42,42 +59,52 @@ def _path_attention_kernel(out_ptr, part_ptr, part_max_ptr, part_sum_ptr, q_ptr,
     row_mask = row_ok[:, None] & d_ok[None, :]
     q = tl.load(q_ptr + (row * q_stride + head * HEAD_DIM)[:, None] + d[None, :], mask=row_mask, other=0.0)
 
-    best = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    first = 0
+    if HAS_WINDOW:  # a node stands at position prefix - 1 + length
+        first = tl.maximum(prefix + length - window, 0)
+    share = tl.maximum(tl.cdiv(tl.cdiv(prefix - first, TILE), SPLITS), LEAST_TILES) * TILE
+    low = first + split * share
+    high = tl.minimum(low + share, prefix)
+    part = (row * heads + head) * SPLITS + split
+    if (low >= high) & (split > 0):
+        tl.store(part_max_ptr + part, tl.full((BLOCK_M,), float("-inf"), tl.float32), mask=row_ok)
+        return
+
+    best = tl.full((BLOCK_M,), float("-inf"), tl.float32)  # scores are base-2 logarithms
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    factor = scale * 1.4426950408889634
     own = tl.where(split == 0, length, 0)
     for i in range(0, own):  # each node has keys of its own here: no matrix product
-        slot = tl.load(paths_ptr + request * path_request + node * path_node + i, mask=row_ok, other=0)
-        at = request * scratch_request + slot * scratch_slot + kv_head * HEAD_DIM
+        slot = tl.load(
+            paths_ptr + request * path_request_stride + node * path_node_stride + i, mask=row_ok, other=0
+        )
+        at = request * scratch_request_stride + slot * scratch_slot_stride + kv_head * HEAD_DIM
         k = tl.load(keys_ptr + at[:, None] + d[None, :], mask=row_mask, other=0.0)
-        score = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1) * scale
+        score = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1) * factor
         new_best = tl.maximum(best, score)
-        weight = tl.exp(score - new_best)
-        decay = tl.exp(best - new_best)
+        weight = tl.exp2(score - new_best)
+        decay = tl.exp2(best - new_best)
         v = tl.load(values_ptr + at[:, None] + d[None, :], mask=row_mask, other=0.0)
         acc = acc * decay[:, None] + weight[:, None] * v.to(tl.float32)
         total = total * decay + weight
         best = new_best
 
-    first = 0
-    if HAS_WINDOW:  # a node stands at position prefix - 1 + length
-        first = tl.maximum(prefix + length - window, 0)
-    share = tl.cdiv(tl.cdiv(prefix - first, TILE), SPLITS) * TILE
-    low = first + split * share
-    high = tl.minimum(low + share, prefix)
+    kv_ptr += kv_head.to(tl.int64) * kv_head_stride
+    table_ptr += request * table_stride
     n = tl.arange(0, TILE)
     for begin in range(low, high, TILE):
         key = begin + n
         key_ok = key < high
-        physical = tl.load(table_ptr + request * table_stride + key // block_size, mask=key_ok, other=0)
-        at = physical.to(tl.int64) * stride_block + kv_head * stride_head + (key % block_size) * stride_slot
+        physical = tl.load(table_ptr + key // BLOCK_SIZE, mask=key_ok, other=0)
+        at = physical.to(tl.int64) * kv_block_stride + (key % BLOCK_SIZE) * kv_slot_stride
         kv_mask = key_ok[:, None] & d_ok[None, :]
         k = tl.load(kv_ptr + at[:, None] + d[None, :], mask=kv_mask, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * factor
         scores = tl.where(key_ok[None, :], scores, float("-inf"))
         new_best = tl.maximum(best, tl.max(scores, 1))
-        weights = tl.exp(scores - new_best[:, None])
-        decay = tl.exp(best - new_best)
+        weights = tl.exp2(scores - new_best[:, None])
+        decay = tl.exp2(best - new_best)
         v = tl.load(kv_ptr + at[:, None] + HEAD_DIM + d[None, :], mask=kv_mask, other=0.0)
         acc = acc * decay[:, None] + tl.dot(weights.to(q.dtype), v, input_precision="ieee")
         total = total * decay + tl.sum(weights, 1)
@@ -87,7 +114,6 @@ def _path_attention_kernel(out_ptr, part_ptr, part_max_ptr, part_sum_ptr, q_ptr,
         out = (row * heads + head) * HEAD_DIM
         tl.store(out_ptr + out[:, None] + d[None, :], acc / total[:, None], mask=row_mask)
     else:
-        part = (row * heads + head) * SPLITS + split
         tl.store(part_ptr + part[:, None] * HEAD_DIM + d[None, :], acc, mask=row_mask)
         tl.store(part_max_ptr + part, best, mask=row_ok)
         tl.store(part_sum_ptr + part, total, mask=row_ok)
@@ -157,19 +183,18 @@ def path_attention(
     block_q = block_m // group
     blocks = cdiv(nodes, block_q)
     if splits is None:
-        splits = choose_splits(query.device, batch * kv_heads * blocks)
-    shape = (batch * nodes, heads, splits) if splits > 1 else (1,)
-    part_max, part_sum = (torch.empty(shape, device=query.device) for _ in "ms")
-    part = torch.empty(*shape, head_dim, device=query.device)
-    _path_attention_kernel[(batch, kv_heads, blocks * splits)](
-        out, part, part_max, part_sum, query, kv_cache, block_table, prefix_lens, keys, values, paths, scale,
-        window, paths.shape[2], nodes, kv_cache.shape[2], block_table.stride(0), *kv_cache.stride()[:3],
-        *keys.stride()[:2], *paths.stride()[:2], query.stride(1), heads, GROUP=group, SPLITS=splits,
-        HEAD_DIM=head_dim, BLOCK_D=next_power_of_2(head_dim), BLOCK_Q=block_q, BLOCK_M=block_m,
-        TILE=tile_of(query), HAS_WINDOW=window > 0, num_warps=4,
+        splits = choose_splits(query.device, batch * kv_heads * blocks, query.numel() * 4)
+    parts = partials(batch * nodes, heads, head_dim, splits, query.device)
+    tile = tile_of(query)
+    _path_attention_kernel[(batch * blocks, kv_heads, splits)](
+        out, *parts, query, query.stride(1), kv_cache, *kv_cache.stride()[:3], block_table, block_table.stride(0),
+        prefix_lens, keys, values, *keys.stride()[:2], paths, *paths.stride()[:2], paths.shape[2], nodes, heads,
+        scale, window, GROUP=group, SPLITS=splits, LEAST_TILES=LEAST_KEYS // tile, HEAD_DIM=head_dim,
+        BLOCK_D=next_power_of_2(head_dim), BLOCK_Q=block_q, BLOCK_M=block_m, BLOCK_SIZE=kv_cache.shape[2],
+        TILE=tile, HAS_WINDOW=window > 0, num_warps=4,
     )  # fmt: skip
     if splits > 1:
-        merge_splits(out.view(batch * nodes, heads, head_dim), part, part_max, part_sum)
+        merge_splits(out.view(batch * nodes, heads, head_dim), parts)
     return out
 
 

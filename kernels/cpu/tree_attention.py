@@ -10,7 +10,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from ..tree_attention import visible_keys
+from ..tree_attention_torch import visible_keys
 from .build import native
 from .call import DTYPES, Backend, choose_backend, f32, i32, i64, int32, pointer, struct
 from .layout import KVLayout

@@ -30,16 +30,35 @@ TYPES = {
 }  # fmt: skip
 
 
+# Instructions of the half-rate ALU pipe, which integer address and mask arithmetic keep busy.
+ALU = re.compile(
+    "BMSK|FLO|FMNMX|FSEL|FSET|FSETP|IABS|IADD3|IDP|IMNMX|ISETP|LEA|LOP3|PLOP3|PRMT|SEL|SHF|SHL|SHR|VIADD|VIMNMX"
+)
+
+
 @dataclass(frozen=True)
 class Compiled:
-    """What came out of one launch: name, PTX text, shared memory in bytes, registers, spilled bytes
-    (stack)."""
+    """What came out of one launch."""
 
     name: str
     ptx: str
     shared: int
+    """Shared memory of a program in bytes."""
     registers: int
+    """Of a thread."""
     stack: int
+    """Spilled bytes of a thread."""
+    threads: int
+    """Of a program."""
+    loops: list[tuple[int, int]]
+    """Each loop with tensor-core products: its instructions, and how many of them the ALU pipe computes."""
+
+    @property
+    def programs_per_sm(self) -> int:
+        """Programs that an SM of an H100 can hold: 228 KiB of shared memory (1 KiB a program is the system's) and
+        65,536 registers, allocated by 8 a thread."""
+        registers = -(-self.registers // 8) * 8 * self.threads
+        return min((228 << 10) // (self.shared + 1024), (1 << 16) // registers)
 
 
 def _describe(value: object, path: tuple[int, ...], consts: dict, attrs: dict) -> object:
@@ -56,6 +75,29 @@ def _describe(value: object, path: tuple[int, ...], consts: dict, attrs: dict) -
         return "fp32"
     consts[path] = value
     return "constexpr"
+
+
+def _product_loops(cubin: bytes) -> list[tuple[int, int]]:
+    """(instructions, ALU instructions) of every innermost loop of the machine code that holds a matrix product."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(cubin)
+        f.flush()
+        tool = triton.knobs.nvidia.nvdisasm.path
+        text = subprocess.run([tool, "-c", f.name], capture_output=True, text=True, check=True).stdout
+    code: list[str] = []
+    labels: dict[str, int] = {}
+    loops: list[tuple[int, int]] = []
+    for line in text.splitlines():
+        if label := re.match(r"^(\.L_x_\d+):", line):
+            labels[label[1]] = len(code)
+        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(.*?);", line):
+            code.append(instruction[1])
+            jump = re.search(r"^BRA.*`\((\.L_x_\d+)\)", instruction[1])
+            if jump and jump[1] in labels:
+                body = [word.split()[0].split(".")[0] for word in code[labels[jump[1]] :]]
+                if "HGMMA" in body or "HMMA" in body:
+                    loops.append((len(body), sum(ALU.fullmatch(word) is not None for word in body)))
+    return loops
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
@@ -88,8 +130,10 @@ def recording() -> Iterator[list[Compiled]]:
                 signature[param.name] = _describe(value, (i,), consts, attrs)
         source = ASTSource(fn=self, signature=signature, constexprs=consts, attrs=attrs)
         kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-        done.append(Compiled(self.fn.__name__, kernel.asm["ptx"], kernel.metadata.shared,
-                             *_resources(kernel.asm["cubin"])))  # fmt: skip
+        cubin = kernel.asm["cubin"]
+        threads = 32 * options.get("num_warps", 4)
+        done.append(Compiled(self.fn.__name__, kernel.asm["ptx"], kernel.metadata.shared, *_resources(cubin),
+                             threads, _product_loops(cubin)))  # fmt: skip
 
     with mock.patch.object(JITFunction, "run", run):
         yield done
@@ -116,14 +160,21 @@ def launches_of_8b_shapes() -> dict[str, Callable[[], object]]:
     table = k.kv_table([torch.empty(4, 2, 16, 8, 128, dtype=torch.bfloat16)] * 2)
     slots = torch.zeros(2, 8, dtype=i64)
 
-    def tree_attention(requests: int, rows: int, window: int = 0, fp8_cache: bool = False) -> object:
+    def tree_attention(requests: int, rows: int, window: int = 0) -> object:
         tokens = requests * rows
         return k.tree_attention(
-            of(tokens, 32, 128), of(999, 8, 16, 256, dtype=fp8 if fp8_cache else torch.bfloat16),
+            of(tokens, 32, 128), of(999, 8, 16, 256),
             of(requests, 512, dtype=torch.int32), of(requests + 1, dtype=torch.int32),
             of(requests, dtype=torch.int32), *[of(tokens, dtype=i64)] * 3, max_query_len=rows, scale=0.1,
-            window=window, kv_scales=(of(1, dtype=fp32), of(1, dtype=fp32)) if fp8_cache else None,
-            backend="triton",
+            window=window, backend="triton",
+        )  # fmt: skip
+
+    def node_attention(requests: int, rows: int) -> object:
+        tokens = requests * rows
+        return k.node_attention(
+            of(tokens, 32, 128), of(999, 8, 16, 256), of(requests, 512, dtype=torch.int32),
+            of(requests + 1, dtype=torch.int32), of(requests, dtype=torch.int32), *[of(tokens, dtype=i64)] * 3,
+            max_query_len=rows, scale=0.1, backend="triton",
         )  # fmt: skip
 
     def path_attention(requests: int, length: int, window: int = 0) -> object:
@@ -159,7 +210,8 @@ def launches_of_8b_shapes() -> dict[str, Callable[[], object]]:
         "tree_walk": lambda: k.tree_walk(*[of(4, 61, dtype=i64)] * 3, backend="triton"),
         "tree_attention_1": lambda: tree_attention(1, 61),
         "tree_attention_64": lambda: tree_attention(64, 61),
-        "tree_attention_window_fp8": lambda: tree_attention(8, 61, window=4096, fp8_cache=True),
+        "tree_attention_window": lambda: tree_attention(8, 61, window=4096),
+        "node_attention": lambda: node_attention(8, 61),
         "path_attention_1": lambda: path_attention(1, 1),
         "path_attention_64_window": lambda: path_attention(64, 5, window=4096),
         "commit_kv": lambda: k.commit_kv(table, slots, slots, backend="triton"),
@@ -170,7 +222,11 @@ def launches_of_8b_shapes() -> dict[str, Callable[[], object]]:
 def main() -> None:
     """Print what every launch compiled to, as JSON."""
     compiled = {name: compile_launches(call) for name, call in launches_of_8b_shapes().items()}
-    sys.stdout.write(json.dumps({name: [asdict(c) for c in done] for name, done in compiled.items()}))
+    described = {
+        name: [{**asdict(c), "programs_per_sm": c.programs_per_sm} for c in done]
+        for name, done in compiled.items()
+    }
+    sys.stdout.write(json.dumps(described))
 
 
 if __name__ == "__main__":

@@ -4,11 +4,13 @@ interpreted.
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
-from vllm_eagle3.kernels import ancestor_bits, tree_attention
-from vllm_eagle3.kernels.tree_attention import visible_keys
+from vllm_eagle3.kernels import ancestor_bits, node_attention, tree_attention
+from vllm_eagle3.kernels.tree_attention_torch import tree_attention_torch, visible_keys
 
 PARENTS = torch.tensor([[-1, 0, 0, 1, 1, 2]])
 
@@ -136,13 +138,74 @@ def test_head_size_and_dtype(device, backend):
     torch.testing.assert_close(out.double().cpu(), expected, atol=2e-2, rtol=2e-2)
 
 
+@pytest.mark.parametrize("splits", [2, 4])
+def test_long_prefixes_are_shared_between_programs(device, splits):
+    """A share has at least LEAST_KEYS keys, so a short request uses fewer shares than there are."""
+    batch = random_batch([700, 3, None, 600], 5, 1, 2, device)
+    out = run(batch, "triton", splits)
+    torch.testing.assert_close(out.double().cpu(), dense(*batch, 0.35), atol=1e-5, rtol=1e-5)
+
+
+def test_rows_that_pad_a_batch_become_zero_where_partial_sums_are_merged(device):
+    """A padded row has no partial sums; whatever its scratch memory holds must not reach the output."""
+    batch = random_batch([600], 5, 1, 2, device)
+    query = torch.cat([batch[0], torch.full_like(batch[0][:3], float("nan"))])
+    padded = [torch.cat([t, torch.zeros(3, dtype=t.dtype, device=device)]) for t in batch[5:]]
+    out = run([query, *batch[1:5], *padded], "triton", 2)
+    torch.testing.assert_close(out[:5].double().cpu(), dense(*batch, 0.35), atol=1e-5, rtol=1e-5)
+    assert (out[5:] == 0).all()
+
+
+def test_output_goes_where_it_is_asked_for(device):
+    batch = random_batch([40, None], 5, 2, 4, device)
+    for backend in ("torch", "triton"):
+        out = torch.full((len(batch[0]), 5, 8), float("nan"), device=device)[:, :4]
+        assert run(batch, backend, out=out) is out
+        torch.testing.assert_close(out.double().cpu(), dense(*batch, 0.35), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_scaled_cache(device, backend):
-    batch = random_batch([33, None], 7, 2, 2, device)
-    scales = (torch.tensor([0.5], device=device), torch.tensor([3.0], device=device))
-    out = run(batch, backend, 2, kv_scales=scales)
-    batch[1] = batch[1] * torch.tensor([0.5] * 8 + [3.0] * 8, device=device)
-    torch.testing.assert_close(out, run(batch, backend, 2), atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}])
+@pytest.mark.parametrize("nodes", [1, 9, 63])
+def test_prefix_and_nodes_merge_to_the_whole(device, backend, options, nodes):
+    """What FlashAttention says of the prefix and `node_attention` of the rest give `tree_attention`."""
+    batch = random_batch([30, 7, 64], nodes, 2, 4, device)
+    out, lse = node_attention(*batch, max_query_len=nodes, scale=0.35, backend=backend, **options)
+    prefix = [
+        *batch[:4],
+        batch[5][batch[3][:-1].long()].int(),
+        batch[5],
+        torch.zeros_like(batch[6]),
+        batch[7],
+    ]
+    before, before_lse = tree_attention_torch(*prefix, scale=0.35, **options)
+    weight = torch.sigmoid(lse - before_lse).T[..., None]
+    merged = weight * out + (1 - weight) * before
+    torch.testing.assert_close(merged.double().cpu(), dense(*batch, 0.35, **options), atol=1e-5, rtol=1e-5)
+
+
+def test_one_long_request_does_not_multiply_the_grid(device, monkeypatch):
+    """A prefill of 256 rows among 8 trees of 3: as many programs as there are blocks of rows, and one a request."""
+    from vllm_eagle3.kernels import tree_attention as function
+
+    grids = []
+    module = sys.modules[function.__module__]
+
+    class Recorder:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *args, **kwargs: None
+
+    monkeypatch.setattr(module, "_tree_attention_kernel", Recorder())
+    rows = torch.tensor([256, *[3] * 8])
+    starts = torch.nn.functional.pad(rows.cumsum(0), (1, 0)).int()
+    tokens = int(starts[-1])
+    per_token = [torch.zeros(tokens, dtype=torch.int64)] * 3
+    function(
+        torch.zeros(tokens, 4, 8), torch.zeros(9, 1, 16, 16), torch.zeros(9, 20, dtype=torch.int32), starts,
+        rows.int(), *per_token, max_query_len=256, scale=1.0, splits=1, backend="triton",
+    )  # fmt: skip
+    assert grids == [(tokens // 16 + 9, 1, 1)]  # 64 rows of heads a program are 16 rows of 4 heads
 
 
 def test_what_does_not_fit_is_refused(device):
@@ -151,5 +214,5 @@ def test_what_does_not_fit_is_refused(device):
         run([batch[0].repeat(1, 2, 1)[:, :3], *batch[1:]], "torch")
     with pytest.raises(ValueError, match="bits must be int64"):
         run([*batch[:6], batch[6].int(), batch[7]], "torch")
-    with pytest.raises(ValueError, match="kv_scales"):
+    with pytest.raises(ValueError, match="expected one dtype"):
         run([batch[0], batch[1].half(), *batch[2:]], "torch")
