@@ -35,6 +35,22 @@ class TreeOptions:
 
 
 @dataclass(frozen=True)
+class GraftOptions:
+    """What a graft looks up. Raises ValueError on a value out of range."""
+
+    length: int = _option(
+        8, "int", "1 to 32", "Tokens taken from the text, and the most nodes that they add."
+    )
+    min_match: int = _option(2, "int", "1 to 8", "Newest tokens that must have stood in the text before.")
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("length", 1, 32), ("min_match", 1, 8)):
+            value = getattr(self, name)
+            if not _is_int(value) or not low <= value <= high:
+                raise _bad(f"graft.{name}", value, f"an integer from {low} to {high}")
+
+
+@dataclass(frozen=True)
 class Eagle3Options:
     """The plugin's options, checked at construction: ValueError names the option that has a bad value."""
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from vllm_eagle3.config import TreeOptions
+from vllm_eagle3.config import GraftOptions, TreeOptions
 from vllm_eagle3.evaluation import cli, demo_models, evaluate, worker
 from vllm_eagle3.evaluation.metrics import TaskRun
 from vllm_eagle3.evaluation.settings import EvalSettings
@@ -50,7 +50,7 @@ class Echo:
 
     def answer(self, prompts: Sequence[list[int]], run: TaskRun, label: str) -> list[tuple[list[int], str]]:
         self.seen += ["".join(map(chr, ids)) for ids in prompts]
-        run.count(2 * len(prompts), len(prompts), [len(prompts)])
+        run.count(2 * len(prompts), len(prompts), [len(prompts)], 2 * len(prompts))
         return [([len(ids)], f"answer{len(ids)}") for ids in prompts]
 
 
@@ -78,7 +78,7 @@ def test_limit_and_double_ids(data: Path) -> None:
 
 
 def test_settings_survive_json(data: Path) -> None:
-    settings = EvalSettings("t", "d", (str(data),), tree=TreeOptions(3, 4, 9))
+    settings = EvalSettings("t", "d", (str(data),), tree=TreeOptions(3, 4, 9), graft=GraftOptions(5, 3))
     assert EvalSettings.from_json(settings.to_json()) == settings
     assert str(data.parent) not in json.dumps(settings.public())
 
@@ -88,6 +88,10 @@ def test_settings_survive_json(data: Path) -> None:
     [
         ({"modes": ("none", "cain")}, "--modes"),
         ({"modes": ("none", "none")}, "--modes"),
+        (
+            {"modes": ("reference-tree+graft",)},
+            "--modes: reference-tree.graft needs reference-tree beside it",
+        ),
         ({"batch_size": 0}, "--batch-size: expected at least 1, found 0"),
         ({"temperature": -1.0}, "--temperature"),
         ({"data": ("/no/such/file",)}, "--data: .* found none at /no/such/file"),
@@ -103,6 +107,13 @@ def test_bad_tree(shape: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse("--data", "f", "--tree", shape)
     assert "DEPTH,TOPK,NODES" in capsys.readouterr().err
+
+
+def test_bad_graft(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse("--data", "f", "--graft", "5,3").graft == GraftOptions(5, 3)
+    with pytest.raises(SystemExit):
+        parse("--data", "f", "--graft", "8,0")
+    assert "LENGTH,MIN_MATCH" in capsys.readouterr().err
 
 
 def test_environments(monkeypatch: pytest.MonkeyPatch) -> None:

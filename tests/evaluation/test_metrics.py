@@ -14,7 +14,7 @@ from vllm_eagle3.evaluation.metrics import (
 def test_tau_and_n_alpha() -> None:
     accepted = [3, 0, 1, 3, 2]
     run = TaskRun("chain", "t")
-    run.count(5, sum(accepted), count_chain(accepted, 3))
+    run.count(5, sum(accepted), count_chain(accepted, 3), 15)
     assert run.tau == pytest.approx(1 + 9 / 5)
     assert run.accepted_per_position == [4, 3, 2]
     assert run.n_alpha == pytest.approx([4 / 5, 3 / 4, 2 / 3])
@@ -22,9 +22,10 @@ def test_tau_and_n_alpha() -> None:
 
 def test_counts_add_up() -> None:
     run = TaskRun("chain", "t")
-    run.count(2, 3, [2, 1])
-    run.count(1, 0, [0, 0])
+    run.count(2, 3, [2, 1], 4)
+    run.count(1, 0, [0, 0], 2)
     assert (run.verifications, run.accepted, run.accepted_per_position) == (3, 3, [2, 1])
+    assert (run.drafted, run.nodes) == (6, 2)
 
 
 def test_without_speculation() -> None:
@@ -65,6 +66,16 @@ def test_rows_compare_with_none() -> None:
     assert mean["speedup"] == pytest.approx(1.625)
     assert mean["identical"] is False and mean["exact_match"] == 0.75
     assert rows["none", "mean"]["speedup"] == 1.0 and rows["none", "mean"]["identical"] is True
+
+
+def test_a_graft_has_its_mode_without_beside_it() -> None:
+    modes = {"reference-tree": 10, "reference-tree+graft": 20}
+    runs = [TaskRun(mode, task, 10, n) for mode, n in modes.items() for task in ("a", "b")]
+    rows = {(row["mode"], row["task"]): row for row in result_rows(runs, greedy=True)}
+    for task in ("a", "b", "mean"):
+        assert rows["reference-tree", task]["tau_without_graft"] is None
+        with_graft = rows["reference-tree+graft", task]
+        assert (with_graft["tau"], with_graft["tau_without_graft"]) == (3.0, 2.0)
 
 
 def test_no_figure_is_invented() -> None:

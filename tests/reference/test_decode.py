@@ -64,10 +64,10 @@ def greedy(target: Any, prompt: list[int], length: int) -> list[int]:
 def planted(text: list[int], rng: random.Random) -> Proposer:
     """Random trees with the true continuation of `text` planted on a random path, up to a random depth."""
 
-    def propose(draft: DraftModel, a: Any, kv: Any, position: int, root: int) -> Tree:
-        at = position + 1  # place of the root in the text
-        assert text[at] == root
-        tokens, parents, tip = [root], [-1], 0
+    def propose(draft: DraftModel, a: Any, kv: Any, so_far: list[int]) -> Tree:
+        at = len(so_far) - 1  # place of the root in the text
+        assert text[: at + 1] == so_far
+        tokens, parents, tip = [text[at]], [-1], 0
         for depth in range(rng.randrange(6)):
             for parent in [rng.randrange(len(tokens)) for _ in range(rng.randrange(3))]:
                 tokens.append((text[at + depth + 1] + 1 + rng.randrange(VOCAB - 2)) % VOCAB)
@@ -102,9 +102,9 @@ def test_draft_reads_the_accepted_path(target: Any, draft: DraftModel) -> None:
     planting = planted(text, random.Random(3))
     starts = []
 
-    def propose(draft: DraftModel, a: Any, kv: Any, position: int, root: int) -> Tree:
-        starts.append((a, kv, position))
-        return planting(draft, a, kv, position, root)
+    def propose(draft: DraftModel, a: Any, kv: Any, so_far: list[int]) -> Tree:
+        starts.append((a, kv, len(so_far) - 2))
+        return planting(draft, a, kv, so_far)
 
     decode(target, draft, PROMPT, propose, 40)
     seen: dict[int, torch.Tensor] = {}
@@ -134,10 +134,11 @@ def test_eagle2_tree_against_brute_force(draft: DraftModel, seed: int) -> None:
     torch.manual_seed(seed)
     depth, topk, nodes, past = 4, 3, 12, 1
     g, tokens = torch.randn(past, 32), torch.randint(0, VOCAB, (past,))
+    text = [*tokens.tolist(), 33]
     with torch.inference_mode():
         a, kv = draft.layer(draft.embed(tokens), g, torch.arange(past))
-        tree = eagle2_tree(depth, topk, nodes)(draft, a[-1:], kv, past - 1, 33)
-        line = chain(depth)(draft, a[-1:], kv, past - 1, 33)
+        tree = eagle2_tree(depth, topk, nodes)(draft, a[-1:], kv, text)
+        line = chain(depth)(draft, a[-1:], kv, text)
 
         def children(path: tuple[int, ...]) -> list[tuple[float, int]]:
             state, cache = a[-1:], kv
@@ -177,8 +178,8 @@ def test_sampled_text_follows_the_target(target: Any) -> None:
     after = target(torch.tensor([[*PROMPT, t] for t in range(VOCAB)])).logits[:, -1]
     exact = (logits / 0.7).softmax(-1) @ (after / 0.7).softmax(-1)
 
-    def half(draft: DraftModel, a: Any, kv: Any, position: int, root: int) -> Tree:
-        return Tree([root, *range(0, VOCAB, 2)], [-1, *[0] * len(range(0, VOCAB, 2))])
+    def half(draft: DraftModel, a: Any, kv: Any, text: list[int]) -> Tree:
+        return Tree([text[-1], *range(0, VOCAB, 2)], [-1, *[0] * len(range(0, VOCAB, 2))])
 
     generator, model = torch.Generator().manual_seed(20260101), plain_draft()
     n, counts, accepted = 400, torch.zeros(VOCAB), 0

@@ -8,13 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vllm_eagle3.config import TreeOptions
+from vllm_eagle3.config import GraftOptions, TreeOptions
 from vllm_eagle3.evaluation.settings import DTYPES, MODES, EvalSettings
 
 NOTE = (
-    "tau: tokens per verification, bonus included; n-alpha: acceptance of the n-th draft, all earlier ones "
-    "accepted; tokens/s: decode only. In 16-bit formats a greedy tie may fall otherwise when the batch has "
-    "another shape: exact match is a test of losslessness with --dtype float32."
+    "tau: tokens per verification, bonus included; nodes: drafted tokens a verification; n-alpha: acceptance "
+    "of the n-th draft, all earlier ones accepted; tokens/s: decode only. In 16-bit formats a greedy tie may "
+    "fall otherwise when the batch has another shape: exact match is a test of losslessness with --dtype "
+    "float32."
 )
 
 
@@ -26,6 +27,17 @@ def tree_shape(text: str) -> TreeOptions:
     except ValueError as error:
         raise argparse.ArgumentTypeError(
             f"expected DEPTH,TOPK,NODES such as 6,10,60; found {text!r} ({error})"
+        ) from None
+
+
+def graft_shape(text: str) -> GraftOptions:
+    """LENGTH,MIN_MATCH."""
+    try:
+        length, min_match = (int(part) for part in text.split(","))
+        return GraftOptions(length, min_match)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"expected LENGTH,MIN_MATCH such as 8,2; found {text!r} ({error})"
         ) from None
 
 
@@ -52,6 +64,9 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--tree", type=tree_shape, default=TreeOptions(), metavar="DEPTH,TOPK,NODES", help="default: 6,10,60"
+    )
+    parser.add_argument(
+        "--graft", type=graft_shape, default=GraftOptions(), metavar="LENGTH,MIN_MATCH", help="default: 8,2"
     )
     for name, kind, text in (
         ("num_speculative_tokens", int, "K, the chain's length"),

@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from vllm_eagle3.evaluation.metrics import TaskRun, count_chain, covered_seconds
-from vllm_eagle3.evaluation.settings import EvalSettings
+from vllm_eagle3.evaluation.settings import GRAFT, EvalSettings
 
 Answer = tuple[list[int], str]  # token ids and text
 
@@ -68,20 +68,23 @@ class VllmEngine:
             inputs, params, use_tqdm=lambda *args, **kw: bar(*args, **kw | {"desc": label})
         )
 
-    def counters(self) -> tuple[int, int, list[int]]:
-        """Verifications, accepted drafts, and those by position, since the engine started."""
+    def counters(self) -> tuple[tuple[int, int, int], list[int]]:
+        """Verifications, drafted and accepted tokens; accepted ones by position; since the engine started."""
         found = {metric.name: metric for metric in self.llm.get_metrics()}
-        scalars = (found.get(f"vllm:spec_decode_num_{name}") for name in ("drafts", "accepted_tokens"))
-        drafts, accepted = (int(getattr(metric, "value", 0)) for metric in scalars)
+        names = ("drafts", "draft_tokens", "accepted_tokens")
+        counts = [int(getattr(found.get(f"vllm:spec_decode_num_{name}"), "value", 0)) for name in names]
         positions = getattr(found.get("vllm:spec_decode_num_accepted_tokens_per_pos"), "values", [])
-        return drafts, accepted, [int(count) for count in positions]
+        return (counts[0], counts[1], counts[2]), [int(count) for count in positions]
 
     def answer(self, prompts: Sequence[list[int]], run: TaskRun, label: str) -> list[Answer]:
-        drafts, accepted, positions = self.counters()
+        (steps, drafted, accepted), positions = self.counters()
         outputs = self.run(prompts, self.settings.max_tokens, label)
-        drafts_now, accepted_now, positions_now = self.counters()
+        (steps_now, drafted_now, accepted_now), positions_now = self.counters()
         new = [now - before for before, now in zip(positions, positions_now, strict=True)]
-        run.count(drafts_now - drafts, accepted_now - accepted, [] if self.mode == "tree" else new)
+        run.count(
+            steps_now - steps, accepted_now - accepted, [] if self.mode == "tree" else new,
+            drafted_now - drafted,
+        )  # fmt: skip
         run.decode_tokens += sum(len(output.outputs[0].token_ids) - 1 for output in outputs)
         if self.timed:
             spans = [(output.metrics.first_token_ts, output.metrics.last_token_ts) for output in outputs]
@@ -95,7 +98,7 @@ class ReferenceEngine:
     def __init__(self, mode: str, settings: EvalSettings) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        from vllm_eagle3.reference.decode import chain, eagle2_tree
+        from vllm_eagle3.reference.decode import chain, eagle2_tree, grafted
         from vllm_eagle3.reference.draft import load_draft
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -111,12 +114,14 @@ class ReferenceEngine:
             head=head,
         )
         self.draft = draft.to(device)
-        tree, self.chained = settings.tree, mode == "reference-chain"
+        tree, self.chained = settings.tree, mode == "reference-chain"  # without grafts
         self.propose = (
             chain(settings.num_speculative_tokens)
-            if self.chained
+            if mode.startswith("reference-chain")
             else eagle2_tree(tree.depth, tree.topk, tree.nodes)
         )
+        if mode.endswith(GRAFT):
+            self.propose = grafted(self.propose, settings.graft.length, settings.graft.min_match)
         self.settings = settings
         self.generator = torch.Generator(device).manual_seed(0)
         ends = self.model.generation_config.eos_token_id
@@ -125,16 +130,17 @@ class ReferenceEngine:
     def answer(self, prompts: Sequence[list[int]], run: TaskRun, label: str) -> list[Answer]:
         from vllm_eagle3.reference.decode import decode
 
-        answers, accepted = list[Answer](), list[int]()
+        answers, accepted, drafted = list[Answer](), list[int](), 0
         for prompt in tqdm(prompts, desc=label):
             decoded = decode(
                 self.model, self.draft, prompt, self.propose, self.settings.max_tokens, self.stop,
                 self.settings.temperature, self.generator,
             )  # fmt: skip
             accepted += decoded.accepted
+            drafted += sum(decoded.drafted)
             run.decode_tokens += len(decoded.tokens) - 1
             text = self.tokenizer.decode(decoded.tokens, skip_special_tokens=True)
             answers.append((decoded.tokens, text))
         length = self.settings.num_speculative_tokens if self.chained else 0
-        run.count(len(accepted), sum(accepted), count_chain(accepted, length))
+        run.count(len(accepted), sum(accepted), count_chain(accepted, length), drafted)
         return answers

@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any
 
+from vllm_eagle3.evaluation.settings import GRAFT
+
 Answers = dict[str, list[list[int]]]  # prompt id -> token ids of each turn's answer
 
 
@@ -28,10 +30,12 @@ class TaskRun:
     decode_tokens: int = 0
     decode_seconds: float | None = None
     answers: Answers = field(default_factory=dict)
+    drafted: int = 0
 
-    def count(self, verifications: int, accepted: int, per_position: Sequence[int]) -> None:
+    def count(self, verifications: int, accepted: int, per_position: Sequence[int], drafted: int) -> None:
         """Adds a batch's counts; `per_position` is empty for trees, whose nodes are no chain's positions."""
         self.verifications += verifications
+        self.drafted += drafted
         self.accepted += accepted
         old = self.accepted_per_position or [0] * len(per_position)
         self.accepted_per_position = [a + b for a, b in zip(old, per_position, strict=True)]
@@ -39,6 +43,11 @@ class TaskRun:
     @property
     def tau(self) -> float:
         return 1.0 + (self.accepted / self.verifications if self.verifications else 0.0)
+
+    @property
+    def nodes(self) -> float | None:
+        """Drafted tokens a verification."""
+        return self.drafted / self.verifications if self.verifications else None
 
     @property
     def n_alpha(self) -> list[float]:
@@ -83,12 +92,18 @@ def result_rows(runs: Sequence[TaskRun], greedy: bool) -> list[dict[str, Any]]:
 
     `speedup` and `identical` compare with the mode `none` on the same task: null without it, and `identical`
     is null too where answers are sampled. `exact_match` is the share of answers equal token by token;
-    `identical`: all of them are.
+    `identical`: all of them are. `tau_without_graft` is that of the same mode without grafts, null for others;
+    `nodes` are drafted tokens a verification.
     """
     base = {run.task: run for run in runs if run.mode == "none"}
+    taus = {(run.mode + GRAFT, run.task): run.tau for run in runs}
     rows: list[dict[str, Any]] = []
     for mode in dict.fromkeys(run.mode for run in runs):
-        of_mode = [_row(run, base.get(run.task), greedy) for run in runs if run.mode == mode]
+        of_mode = [
+            _row(run, base.get(run.task), greedy) | {"tau_without_graft": taus.get((mode, run.task))}
+            for run in runs
+            if run.mode == mode
+        ]
         rows += [*of_mode, _mean(mode, of_mode)]
     return rows
 
@@ -110,7 +125,7 @@ def _row(run: TaskRun, base: TaskRun | None, greedy: bool) -> dict[str, Any]:
         "mode": run.mode, "task": run.task, "tau": run.tau, "n_alpha": run.n_alpha,
         "tokens_per_s": run.tokens_per_s, "speedup": speedup,
         "identical": None if exact is None else exact == 1.0, "exact_match": exact,
-        "verifications": run.verifications,
+        "verifications": run.verifications, "nodes": run.nodes,
         "answers": len(answers), "answer_tokens": sum(map(len, answers)),
         "repeated_4grams": repeated_4grams(answers),
     }  # fmt: skip
@@ -128,5 +143,5 @@ def _mean(mode: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "tokens_per_s": mean("tokens_per_s"), "speedup": mean("speedup"),
         "identical": None if None in same else all(same), "exact_match": mean("exact_match"),
         **{name: sum(row[name] for row in rows) for name in ("verifications", "answers", "answer_tokens")},
-        "repeated_4grams": mean("repeated_4grams"),
+        **{name: mean(name) for name in ("nodes", "tau_without_graft", "repeated_4grams")},
     }  # fmt: skip

@@ -7,17 +7,23 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-COLUMNS = ("mode", "task", "tau", "n-alpha", "tokens/s", "speed-up", "exact match", "repeated 4-grams")
+COLUMNS = (
+    "mode", "task", "tau", "without graft", "nodes", "n-alpha", "tokens/s", "speed-up", "exact match",
+    "repeated 4-grams",
+)  # fmt: skip
 
 
 def table(results: Sequence[Row]) -> str:
     """The results as aligned text; "-" where a figure does not apply."""
 
     def cells(row: Row) -> tuple[str, ...]:
-        numbers = (("tau", ".3f"), ("tokens_per_s", ".1f"), ("speedup", ".2f"), ("exact_match", ".1%"))
-        tau, rate, speedup, exact = ("-" if row[k] is None else format(row[k], f) for k, f in numbers)
+        numbers = (
+            ("tau", ".3f"), ("tau_without_graft", ".3f"), ("nodes", ".1f"), ("tokens_per_s", ".1f"),
+            ("speedup", ".2f"), ("exact_match", ".1%"), ("repeated_4grams", ".1%"),
+        )  # fmt: skip
+        shown = ["-" if row[k] is None else format(row[k], f) for k, f in numbers]
         n_alpha = " ".join(f"{alpha:.2f}" for alpha in row["n_alpha"]) or "-"
-        return row["mode"], row["task"], tau, n_alpha, rate, speedup, exact, f"{row['repeated_4grams']:.1%}"
+        return row["mode"], row["task"], *shown[:3], n_alpha, *shown[3:]
 
     lines = [COLUMNS, *(cells(row) for row in results)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

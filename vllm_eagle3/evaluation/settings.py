@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from vllm_eagle3.config import TreeOptions
+from vllm_eagle3.config import GraftOptions, TreeOptions
 
 MODES = {
     "none": "vLLM without speculation",
@@ -17,7 +17,10 @@ MODES = {
     "tree": "this project's tree in vLLM (on a CPU through Triton's interpreter, without timings)",
     "reference-chain": "the chain in plain transformers",
     "reference-tree": "EAGLE-2's tree in plain transformers",
+    "reference-chain+graft": "that chain with what followed the newest tokens before in the text",
+    "reference-tree+graft": "that tree with the same",
 }
+GRAFT = "+graft"  # ends the name of a mode that is another one with grafts
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DTYPES = get_args(Dtype)
@@ -33,6 +36,7 @@ class EvalSettings:
     modes: tuple[str, ...] = ("none", "native", "chain")
     num_speculative_tokens: int = 5
     tree: TreeOptions = TreeOptions()
+    graft: GraftOptions = GraftOptions()
     temperature: float = 0.0
     batch_size: int = 1
     max_tokens: int = 256
@@ -45,6 +49,11 @@ class EvalSettings:
         unknown = [mode for mode in self.modes if mode not in MODES]
         if unknown or not self.modes or len(set(self.modes)) < len(self.modes):
             raise ValueError(f"--modes: expected each at most once of {', '.join(MODES)}, found {self.modes}")
+        for mode in self.modes:
+            if mode.removesuffix(GRAFT) not in self.modes:
+                raise ValueError(
+                    f"--modes: {mode} needs {mode.removesuffix(GRAFT)} beside it, to compare with"
+                )
         for name in ("num_speculative_tokens", "batch_size", "max_tokens", "max_model_len", "limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -61,7 +70,7 @@ class EvalSettings:
     @classmethod
     def from_json(cls, text: str) -> EvalSettings:
         fields = json.loads(text)
-        fields |= {"tree": TreeOptions(**fields["tree"])}
+        fields |= {"tree": TreeOptions(**fields["tree"]), "graft": GraftOptions(**fields["graft"])}
         return cls(**fields | {name: tuple(fields[name]) for name in ("data", "modes")})
 
     def public(self) -> dict[str, Any]:

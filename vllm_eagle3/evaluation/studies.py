@@ -90,7 +90,12 @@ def measure(
             chat = [{"role": "user", "content": prompt.turns[0]}]
             ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
             answer = decode(target.model, draft, ids, chain(chain_length), tokens, {tokenizer.eos_token_id})
-            run.count(len(answer.accepted), sum(answer.accepted), count_chain(answer.accepted, chain_length))
+            run.count(
+                len(answer.accepted),
+                sum(answer.accepted),
+                count_chain(answer.accepted, chain_length),
+                sum(answer.drafted),
+            )
         results.append((run.task, run.tau, run.n_alpha, run.verifications))
     return results
 

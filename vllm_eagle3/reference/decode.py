@@ -2,7 +2,8 @@
 
 Paper: arXiv 2503.01840, section 3.1 (drafting from the target's low, mid and high states); EAGLE-2,
 arXiv 2406.16858, section 4 (expansion and reranking of the tree). A chain is a tree in which every node has
-one child, so verification is written once.
+one child, so verification is written once. A graft hangs what followed the newest tokens before in the text
+into either.
 """
 
 from __future__ import annotations
@@ -46,21 +47,24 @@ class Tree:
 
 @dataclass
 class Decoded:
-    """tokens: the answer, with its stop token; accepted: drafted tokens accepted by each verification."""
+    """tokens: the answer, with its stop token; of each verification the drafted tokens it read (the root left
+    out) and accepted."""
 
     tokens: list[int]
     accepted: list[int] = field(default_factory=list)
+    drafted: list[int] = field(default_factory=list)
 
 
-# A proposer grows a tree: (draft, a of the last row [1, h], the draft's KV, that row's position, last token)
-Proposer = Callable[[DraftModel, Tensor, KV, int, int], Tree]
+# A proposer grows a tree from the text's last token: (draft, a of the last row [1, h], the draft's KV, the text).
+# That row is the one of the last token but one, so its position is len(text) - 2.
+Proposer = Callable[[DraftModel, Tensor, KV, list[int]], Tree]
 
 
 def chain(num_speculative_tokens: int) -> Proposer:
     """Each step takes the draft's most likely token and feeds its own output back in place of g."""
 
-    def propose(draft: DraftModel, a: Tensor, kv: KV, position: int, root: int) -> Tree:
-        tokens = [root]
+    def propose(draft: DraftModel, a: Tensor, kv: KV, text: list[int]) -> Tree:
+        position, tokens = len(text) - 2, text[-1:]
         for step in range(num_speculative_tokens):
             if step:
                 token = torch.tensor(tokens[-1:], device=a.device)
@@ -81,8 +85,8 @@ def eagle2_tree(depth: int, topk: int, nodes: int) -> Proposer:
     to the earlier candidate, so what is kept is connected.
     """
 
-    def propose(draft: DraftModel, a: Tensor, kv: KV, position: int, root: int) -> Tree:
-        past = kv[0].shape[0]
+    def propose(draft: DraftModel, a: Tensor, kv: KV, text: list[int]) -> Tree:
+        position, past = len(text) - 2, kv[0].shape[0]
         k = min(topk, draft.config.draft_vocab_size)
         # candidates of all levels, in order: token, log value, parent (candidate index, -1 = root)
         tokens, parents = a.new_empty(0, dtype=torch.long), a.new_empty(0, dtype=torch.long)
@@ -107,9 +111,46 @@ def eagle2_tree(depth: int, topk: int, nodes: int) -> Proposer:
             a, kv = draft.layer(draft.embed(tokens[rows]), draft.next_g(a[of]), positions, kv, mask)
         keep = values.sort(descending=True, stable=True).indices[:nodes].sort().values.tolist()  # rerank
         place = {-1: 0} | {candidate: node for node, candidate in enumerate(keep, 1)}
-        return Tree([root, *tokens[keep].tolist()], [-1, *(place[p] for p in parents[keep].tolist())])
+        return Tree([text[-1], *tokens[keep].tolist()], [-1, *(place[p] for p in parents[keep].tolist())])
 
     return propose
+
+
+def look_up(text: list[int], length: int, min_match: int, max_match: int) -> list[int]:
+    """What followed the latest of the longest earlier matches (`min_match` to `max_match` tokens) of the text's
+    newest tokens: `length` tokens, copied one by one, so that a loop goes on as a loop. Empty without a match."""
+    longest, place = min_match - 1, None
+    for end in range(1, len(text)):  # the earlier place is text[:end]
+        match = 0
+        while match < min(end, max_match) and text[end - 1 - match] == text[-1 - match]:
+            match += 1
+        if match >= max(longest, min_match):
+            longest, place = match, end
+    if place is None:
+        return []
+    copied = list(text)
+    for i in range(length):
+        copied.append(copied[place + i])
+    return copied[len(text) :]
+
+
+def grafted(propose: Proposer, length: int = 8, min_match: int = 2, max_match: int = 8) -> Proposer:
+    """The draft of `propose` with the looked-up continuation as a branch: it shares the nodes that carry its
+    tokens, and what is left of it hangs below them as one path."""
+
+    def with_graft(draft: DraftModel, a: Tensor, kv: KV, text: list[int]) -> Tree:
+        tree = propose(draft, a, kv, text)
+        tokens, parents, node = list(tree.tokens), list(tree.parents), 0
+        for token in look_up(text, length, min_match, max_match):
+            children = (child for child, parent in enumerate(parents) if parent == node)
+            shared = next((child for child in children if tokens[child] == token), None)
+            if shared is None:
+                tokens.append(token)
+                parents.append(node)
+            node = len(tokens) - 1 if shared is None else shared
+        return Tree(tokens, parents)
+
+    return with_graft
 
 
 class Target:
@@ -206,7 +247,7 @@ def decode(
         g = draft.fuse([state[rows] for state in states])
         positions = torch.arange(past - len(rows), past, device=g.device)
         a, kv = draft.layer(draft.embed(torch.tensor(following, device=g.device)), g, positions, kv)
-        tree = propose(draft, a[-1:], kv, past - 1, new[-1])
+        tree = propose(draft, a[-1:], kv, prompt + answer.tokens)
 
         logits, states = target(tree, past)
         rows, token = accept(tree, logits, temperature, generator)
@@ -215,5 +256,6 @@ def decode(
         past += len(rows)
         answer.tokens = answer.tokens + new
         answer.accepted.append(len(new) - 1)
+        answer.drafted.append(len(tree.tokens) - 1)
     end = next((i for i, token in enumerate(answer.tokens, 1) if token in stop), max_tokens)
-    return Decoded(answer.tokens[: min(end, max_tokens)], answer.accepted)
+    return Decoded(answer.tokens[: min(end, max_tokens)], answer.accepted, answer.drafted)

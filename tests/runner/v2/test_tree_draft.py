@@ -142,9 +142,9 @@ def test_trees_are_the_references(engine, models, prompts, texts, monkeypatch, i
     draft = load_draft(models[1], target=models[0], embeddings=embeddings, head=head)
     for i, prompt in enumerate(prompts):
 
-        def propose(draft, a, kv, position, root, request=i):
-            found = eagle2_tree(4, 3, 10)(draft, a, kv, position, root)
-            expected[request, position + 1] = paths_of(found.tokens[1:], found.parents[1:])
+        def propose(draft, a, kv, text, request=i):
+            found = eagle2_tree(4, 3, 10)(draft, a, kv, text)
+            expected[request, len(text) - 1] = paths_of(found.tokens[1:], found.parents[1:])
             return found
 
         assert prompt + decode(model, draft, prompt, propose, GREEDY.max_tokens).tokens == texts[i]
