@@ -37,10 +37,9 @@ setup(
     },
     entry_points={
         "vllm.general_plugins": ["eagle3 = vllm_eagle3.plugin:register"],
-        # Claims no platform: the one hook that runs before vLLM looks for Triton (runner/triton_interpreter.py).
-        "vllm.platform_plugins": [
-            "eagle3_interpreter = vllm_eagle3.runner.triton_interpreter:platform_plugin"
-        ],
+        # Claims no platform: the one hook that runs before vLLM looks for Triton (runner/triton_interpreter.py) and
+        # asks for its own version. It has the same name as the other one, so that VLLM_PLUGINS=eagle3 keeps both.
+        "vllm.platform_plugins": ["eagle3 = vllm_eagle3.runner.triton_interpreter:platform_plugin"],
         "console_scripts": ["vllm-eagle3 = vllm_eagle3.cli:main"],
     },
 )

@@ -25,6 +25,7 @@ import torch
 from vllm_eagle3.evaluation.evaluate import environment
 from vllm_eagle3.evaluation.model_shapes import SHAPES, write_shape
 from vllm_eagle3.provenance import provenance
+from vllm_eagle3.runner.engine_memory import memory_arguments
 
 DRAFTS, TARGET = 4, 1.15  # stock's time over ours, at least
 WARM_UP = 10  # decoding steps before those that count
@@ -89,6 +90,14 @@ def measure(
             enforce_eager=eager,
             enable_prefix_caching=False,
             seed=0,
+            **memory_arguments(
+                target,
+                draft,
+                batch_size=max(batch_sizes),
+                max_model_len=most,
+                drafts=DRAFTS,
+                dtype="float32" if eager else "bfloat16",
+            ),
         )
     [(watch, proposer)] = llm.collective_rpc(start_stopwatch)
     engine: Any = llm.llm_engine
@@ -124,8 +133,6 @@ def run_side(side: str, arguments: list[str]) -> dict[str, Any]:
     env = environment(SIDES[side]) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     if torch.cuda.is_available():
         env["VLLM_USE_V2_MODEL_RUNNER"] = "1"
-    else:
-        env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "side.json"
         command = [sys.executable, __file__, *arguments, "--side", side, "--out", str(out)]

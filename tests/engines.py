@@ -22,8 +22,20 @@ def running(model: Any, **kwargs: Any) -> Iterator[Any]:
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
+    from vllm_eagle3.runner.engine_memory import memory_arguments
+
     options = {"policy": "fixed"} | kwargs.pop("additional_config", {}).get("eagle3", {})
-    llm = LLM(model=str(model), additional_config={"eagle3": options}, **(SMALL | kwargs))
+    arguments = SMALL | kwargs
+    speculation = arguments.get("speculative_config") or {}
+    memory = memory_arguments(
+        model,
+        speculation.get("model"),
+        batch_size=arguments["max_num_seqs"],
+        max_model_len=arguments["max_model_len"],
+        drafts=speculation.get("num_speculative_tokens", 0),
+        dtype=arguments["dtype"],
+    )
+    llm = LLM(model=str(model), additional_config={"eagle3": options}, **(memory | arguments))
     try:
         yield llm
     finally:

@@ -44,7 +44,8 @@ def test_options_table():
 
 def test_llm_snippet(local):
     code = "if __name__ == '__main__':\n" + re.sub("^", "    ", local(snippet("llm")), flags=re.MULTILINE)
-    code = code.replace("speculative_config=", "enforce_eager=True, max_model_len=512, speculative_config=")
+    small = "enforce_eager=True, max_model_len=512, kv_cache_memory_bytes=2**28"
+    code = code.replace("speculative_config=", f"{small}, speculative_config=")
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=os.environ
     )

@@ -18,7 +18,7 @@ def commit() -> str | None:
 
     None for an installed package that is in no repository.
     """
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[1]
     if not (root / "setup.py").is_file():
         return None
     try:

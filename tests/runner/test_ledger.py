@@ -13,16 +13,16 @@ import pytest
 
 import vllm_eagle3.model
 import vllm_eagle3.runner
-from vllm_eagle3.runner.ledger import CALLED, INTERPRETER_CHANGES, PATCHES
+from vllm_eagle3.runner.ledger import ADDITIONS, CALLED, INTERPRETER_CHANGES, PATCHES
 from vllm_eagle3.runner.overrides import SUBCLASSES
 from vllm_eagle3.runner.upstream import UpstreamSignature, installed
 
-ENTRIES = (*PATCHES, *INTERPRETER_CHANGES, *SUBCLASSES)
+ENTRIES = (*PATCHES, *INTERPRETER_CHANGES, *ADDITIONS, *SUBCLASSES)
 UPSTREAM = list(
     dict.fromkeys(
         [
             *(patch.upstream for patch in PATCHES),
-            *(part for change in INTERPRETER_CHANGES for part in change.upstream),
+            *(part for change in (*INTERPRETER_CHANGES, *ADDITIONS) for part in change.upstream),
             *(part for subclass in SUBCLASSES for part in subclass.overrides),
             *CALLED,
         ]

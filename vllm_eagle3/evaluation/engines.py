@@ -29,9 +29,12 @@ class VllmEngine:
     def __init__(self, mode: str, settings: EvalSettings, timed: bool) -> None:
         from vllm import LLM
 
+        from vllm_eagle3.runner.engine_memory import memory_arguments
+
         # What is evaluated is a draft at a given length, not what pays here.
         options: dict[str, Any] = {"policy": "fixed"}
         extra: dict[str, Any] = {"additional_config": {"eagle3": options}}
+        drafts = 0
         if mode != "none":
             drafts = settings.tree.nodes if mode == "tree" else settings.num_speculative_tokens
             extra["speculative_config"] = {
@@ -40,6 +43,14 @@ class VllmEngine:
         if mode == "tree":
             tree = settings.tree
             options["tree"] = {"depth": tree.depth, "topk": tree.topk, "nodes": tree.nodes}
+        extra |= memory_arguments(
+            settings.target,
+            settings.draft if drafts else None,
+            batch_size=settings.batch_size,
+            max_model_len=settings.max_model_len,
+            drafts=drafts,
+            dtype=settings.dtype,
+        )
         self.llm = LLM(
             settings.target,
             dtype=settings.dtype,

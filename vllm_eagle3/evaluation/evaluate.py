@@ -52,7 +52,11 @@ def run_in_process(mode: str, settings: EvalSettings) -> list[TaskRun]:
         done = subprocess.run(command, env=environment(mode), stdout=2, check=False)
         if done.returncode:
             raise RuntimeError(f"mode {mode} failed with exit code {done.returncode}; see its messages above")
-        return [TaskRun(**json.loads(line)) for line in out.read_text(encoding="utf-8").splitlines()]
+        lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+        for line in lines:
+            if "error" in line:
+                raise RuntimeError(f"mode {mode}: {line['error']}")
+        return [TaskRun(**line) for line in lines]
 
 
 def evaluate(settings: EvalSettings) -> dict[str, Any]:

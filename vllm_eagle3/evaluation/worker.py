@@ -1,6 +1,7 @@
 """One mode of an evaluation in its own process: `python -m vllm_eagle3.evaluation.worker MODE SETTINGS OUT`.
 
-SETTINGS is a JSON file (EvalSettings); OUT gets one JSON line per task (TaskRun).
+SETTINGS is a JSON file (EvalSettings); OUT gets one JSON line per task (TaskRun), or {"error": message} where the
+engine finds too little memory.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from vllm_eagle3.evaluation.engines import Engine, ReferenceEngine, VllmEngine
 from vllm_eagle3.evaluation.metrics import TaskRun
 from vllm_eagle3.evaluation.settings import EvalSettings
 from vllm_eagle3.prompts import Prompt, load_prompts
+from vllm_eagle3.runner.engine_memory import NotEnoughMemoryError
 
 
 def tasks(settings: EvalSettings) -> dict[str, list[Prompt]]:
@@ -72,9 +74,12 @@ def run_mode(mode: str, settings: EvalSettings) -> Iterator[TaskRun]:
 def main(argv: list[str]) -> None:
     mode, settings, out = argv
     with Path(out).open("w", encoding="utf-8") as file:
-        for run in run_mode(mode, EvalSettings.from_json(Path(settings).read_text(encoding="utf-8"))):
-            file.write(json.dumps(run.to_json()) + "\n")
-            file.flush()
+        try:
+            for run in run_mode(mode, EvalSettings.from_json(Path(settings).read_text(encoding="utf-8"))):
+                file.write(json.dumps(run.to_json()) + "\n")
+                file.flush()
+        except NotEnoughMemoryError as error:
+            file.write(json.dumps({"error": str(error)}) + "\n")
 
 
 if __name__ == "__main__":

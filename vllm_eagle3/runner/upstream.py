@@ -135,6 +135,19 @@ class Subclass:
     remove_when: str
 
 
+@dataclass(frozen=True)
+class Addition:
+    """Something that vLLM looks for and that is missing; no name of vLLM is replaced."""
+
+    what: str
+    function: str
+    """"module:function" that adds it."""
+    upstream: tuple[UpstreamSignature, ...]
+    """What looks for it."""
+    reason: str
+    remove_when: str
+
+
 def _attribute(path: str) -> Any:
     module, name = path.split(":")
     return getattr(importlib.import_module(module), name)

@@ -195,12 +195,22 @@ def generate(settings: GenerateSettings) -> int:
         return 0
     from vllm import LLM
 
+    from vllm_eagle3.runner.engine_memory import memory_arguments
+
     llm = LLM(
         settings.target,
         dtype=settings.dtype,
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_num_seqs,
         enforce_eager=settings.enforce_eager,
+        **memory_arguments(
+            settings.target,
+            None,
+            batch_size=settings.max_num_seqs,
+            max_model_len=settings.max_model_len,
+            dtype=settings.dtype,
+            least=1,  # few answers are as long as they may be
+        ),
     )
     writer, tokens, skipped = ShardWriter(settings.out, settings.shard_rows), 0, 0
     progress = tqdm(total=len(todo), unit="conversation", desc=settings.out.name, smoothing=0.05)

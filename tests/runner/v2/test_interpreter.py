@@ -45,7 +45,7 @@ def test_spawned_engine_core(closed_form_target):
 if __name__ == "__main__":
     from vllm import LLM, SamplingParams
     llm = LLM({str(closed_form_target)!r}, dtype="float32", max_model_len=64, enforce_eager=True,
-              max_num_seqs=2, skip_tokenizer_init=True)
+              max_num_seqs=2, skip_tokenizer_init=True, kv_cache_memory_bytes=2**26)
     assert llm.llm_engine.vllm_config.use_v2_model_runner
     sp = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, detokenize=False)
     print("IDS", list(llm.generate([dict(prompt_token_ids=[3, 9, 27])], sp,

@@ -14,7 +14,7 @@ from vllm_eagle3.evaluation.model_shapes import SHAPES
 from vllm_eagle3.evaluation.settings import DTYPES
 from vllm_eagle3.evaluation.sweep.settings import MODES, SweepSettings
 
-DATA = Path(__file__).resolve().parents[2] / "tests" / "data" / "prompts.jsonl"
+DATA = Path(__file__).resolve().parents[3] / "tests" / "data" / "prompts.jsonl"
 SYNTHETIC = (
     "NOTE: SYNTHETIC ACCEPTANCE, random weights. Whether a draft is accepted is drawn from the given rates: "
     "the throughput is that of the shape, the acceptance is an assumption."
@@ -59,7 +59,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("repeats", int, "measurements of each, after a warm-up"),
         ("max_tokens", int, "longest answer; a measurement is this many tokens a place"),
         ("max_model_len", int, "longest prompt and answer, tokens"),
-        ("gpu_memory", float, "share of the GPU's memory for all engines together"),
         ("acceptance_rates", rates, "with --shape: share of steps that accept the n-th draft (cumulative)"),
     ):
         default = fields[name].default

@@ -31,8 +31,6 @@ class Worker:
         command = [sys.executable, "-m", "vllm_eagle3.evaluation.sweep.worker", name, str(settings)]
         env = environment("native" if mode == "adaptive" else mode)
         env.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        if not torch.cuda.is_available():
-            env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         self.process = subprocess.Popen(
             command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
         )
@@ -44,7 +42,10 @@ class Worker:
         if not line:
             code = self.process.wait()
             raise RuntimeError(f"the engine {self.name!r} died with exit code {code}; see its messages above")
-        return json.loads(line)
+        reply: dict[str, Any] = json.loads(line)
+        if "error" in reply:
+            raise RuntimeError(f"the engine {self.name!r}: {reply['error']}")
+        return reply
 
     def measure(self, batch_size: int, turn: int) -> Measurement:
         """One run (see SweepEngine.run)."""

@@ -53,7 +53,6 @@ class SweepSettings:
     max_model_len: int = 1024
     dtype: Dtype = "auto"
     enforce_eager: bool = False
-    gpu_memory: float = 0.9
     shape: str | None = None
     acceptance_rates: tuple[float, ...] = PUBLISHED_RATES  # with a shape; empty: what random weights accept
 
@@ -68,7 +67,6 @@ class SweepSettings:
         for name in ("batch_sizes", "native_tokens"):
             values = getattr(self, name)
             _expect(values and min(values) >= 1, name, "numbers of at least 1", values)
-        _expect(0 < self.gpu_memory <= 1, "gpu_memory", "a share in (0, 1]", self.gpu_memory)
         for path in self.data:
             _expect(Path(path).is_file(), "data", "a file of prompts", path)
         if self.shape is not None:

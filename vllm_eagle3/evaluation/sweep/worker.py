@@ -1,7 +1,7 @@
 """One engine of a sweep in its own process: `python -m vllm_eagle3.evaluation.sweep.worker NAME SETTINGS`.
 
 Reads "batch size, turn" a line from stdin, runs that, answers with a JSON line on what was stdout; whatever else
-writes to stdout goes to stderr.
+writes to stdout goes to stderr. An engine that finds too little memory answers with {"error": message} and ends.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 from vllm_eagle3.evaluation.model_shapes import SHAPES, pseudo_tokens
 from vllm_eagle3.evaluation.sweep.settings import SweepSettings
 from vllm_eagle3.prompts import load_prompts
+from vllm_eagle3.runner.engine_memory import NotEnoughMemoryError, memory_arguments
 
 LEAST = 8
 """Prompts that a run sees at least, however small its batch."""
@@ -36,16 +37,14 @@ class Measurement:
 def engine_arguments(name: str, settings: SweepSettings) -> dict[str, Any]:
     """Keyword arguments of `vllm.LLM` for the engine `name` of the sweep."""
     _, mode, drafts = next(run for run in settings.runs() if run[0] == name)
-    most = max(settings.batch_sizes)
     arguments: dict[str, Any] = {
         "model": settings.target,
         "dtype": settings.dtype,
         "max_model_len": settings.max_model_len,
-        "max_num_seqs": most,
+        "max_num_seqs": max(settings.batch_sizes),
         "enforce_eager": settings.enforce_eager,
         "enable_prefix_caching": False,
         "disable_log_stats": False,  # acceptance is read from the engine's counters
-        "gpu_memory_utilization": settings.gpu_memory / len(settings.runs()),
         "seed": 0,
     }
     if settings.shape is not None:
@@ -65,6 +64,23 @@ def engine_arguments(name: str, settings: SweepSettings) -> dict[str, Any]:
     return arguments | {"speculative_config": speculative, "additional_config": {"eagle3": options}}
 
 
+def reserved_memory(name: str, settings: SweepSettings) -> dict[str, Any]:
+    """Keyword arguments of `vllm.LLM` with the memory that the engine `name` of the sweep needs.
+
+    Raises:
+        NotEnoughMemoryError: less is free.
+    """
+    _, _, drafts = next(run for run in settings.runs() if run[0] == name)
+    return memory_arguments(
+        settings.target,
+        settings.draft if drafts else None,
+        batch_size=max(settings.batch_sizes),
+        max_model_len=settings.max_model_len,
+        drafts=drafts,
+        dtype=settings.dtype,
+    )
+
+
 class SweepEngine:
     """A vLLM engine that is given exactly `batch_size` requests at a time."""
 
@@ -73,7 +89,7 @@ class SweepEngine:
         from vllm.sampling_params import RequestOutputKind
 
         self.settings = settings
-        self.llm = LLM(**engine_arguments(name, settings))
+        self.llm = LLM(**engine_arguments(name, settings), **reserved_memory(name, settings))
         self.params = SamplingParams(
             temperature=settings.temperature,
             max_tokens=settings.max_tokens,
@@ -155,7 +171,11 @@ def main(argv: list[str]) -> None:
     name, settings = argv
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    engine = SweepEngine(name, SweepSettings.from_json(Path(settings).read_text(encoding="utf-8")))
+    try:
+        engine = SweepEngine(name, SweepSettings.from_json(Path(settings).read_text(encoding="utf-8")))
+    except NotEnoughMemoryError as error:
+        replies.write(json.dumps({"error": str(error)}) + "\n")
+        return
     replies.write(json.dumps({"ready": name}) + "\n")
     replies.flush()
     for line in sys.stdin:
