@@ -1,6 +1,7 @@
 // Attention of some rows of one request to paged keys and values, by running softmax over chunks of keys.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <type_traits>
 #include <vector>
@@ -93,7 +94,7 @@ static void take_scores(State<T>& state, int row, uint64_t visible, int vectors,
     store(scores + v * WIDTH, s);
     most = vmax(most, s);
   }
-  const float best = std::fmax(state.best[row], reduce_max(most));
+  const float best = std::max(state.best[row], reduce_max(most));
   const float safe = best == NONE ? 0.0f : best;
   vfloat sum{};
   for (int v = 0; v < vectors; ++v) {

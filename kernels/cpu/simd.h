@@ -5,8 +5,10 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
+#endif
+#if defined(__AVX512BF16__)
 #define HAS_BF16_DOT 1
 #else
 #define HAS_BF16_DOT 0
@@ -58,19 +60,16 @@ static inline vfloat load(const bf16* from) {
 static inline vfloat load(const fp16* from) { return __builtin_convertvector(load_as<vhalf>(from), vfloat); }
 #endif
 
-static inline uint16_t round_bf16(float x) {  // to the nearest, ties to even; NaN stays NaN
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  if (x != x) return 0x7fc0;
-  return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
 static inline void store(float* to, vfloat v) { std::memcpy(to, &v, sizeof v); }
-static inline void store(bf16* to, vfloat v) {
+static inline void store(bf16* to, vfloat v) {  // to the nearest, ties to even; NaN stays NaN
+#if HAS_BF16_DOT
+  __m256bh half = _mm512_cvtneps_pbh((__m512)v);
+#else
   vuint bits = (vuint)v;
   bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   bits = v == v ? bits : vuint{} + 0x7fc0;
   vshort half = __builtin_convertvector(bits, vshort);
+#endif
   std::memcpy(to, &half, sizeof half);
 }
 #if HAS_FP16
@@ -94,12 +93,18 @@ static inline float to_float(fp16 x) { return (float)x; }
 static inline vfloat vmax(vfloat a, vfloat b) { return a > b ? a : b; }
 
 static inline float reduce_max(vfloat v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)v);
+#endif
   float best = v[0];
   for (int i = 1; i < WIDTH; ++i) best = v[i] > best ? v[i] : best;
   return best;
 }
 
 static inline float reduce_sum(vfloat v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#endif
   float sum = v[0];
   for (int i = 1; i < WIDTH; ++i) sum += v[i];
   return sum;

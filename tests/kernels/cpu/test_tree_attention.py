@@ -6,21 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paged import LAYOUTS, TOLERANCE, fill
 
 from vllm_eagle3.kernels import ancestor_bits
 from vllm_eagle3.kernels.cpu import layout as layouts
 from vllm_eagle3.kernels.cpu import tree_attention
 
-LAYOUTS = {"columns": layouts.columns, "pairs": layouts.pairs, "rows": layouts.rows}
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}  # of the largest value: 1
 BACKENDS = ["native", "torch"]
-
-
-def write(kv_cache, layout, block, offset, key, value):
-    """One token of all heads, in the layout's own order."""
-    flat = kv_cache.flatten(2)
-    flat[block][:, layout.keys[offset].long()] = key
-    flat[block][:, layout.values[offset].long()] = value
 
 
 class Batch:
@@ -50,18 +42,7 @@ class Batch:
                 positions += (prefix + depth[0]).tolist()
             starts.append(starts[-1] + rows)
             lens.append(start + rows)
-        blocks = -(-max(lens, default=1) // block)
-        self.table = torch.randperm(blocks * len(prefixes) + 3, generator=generator)
-        self.table = self.table[: blocks * len(prefixes)].view(len(prefixes), blocks).int()
-        self.cache = torch.full(
-            (blocks * len(prefixes) + 3, kv_heads, block, 2 * dim), float("nan"), dtype=dtype
-        )
-        self.keys, self.values = (
-            [torch.randn(n, kv_heads, dim, generator=generator).to(dtype) for n in lens] for _ in "kv"
-        )
-        for row, length, key, value in zip(self.table.tolist(), lens, self.keys, self.values, strict=True):
-            for slot in range(length):
-                write(self.cache, self.layout, row[slot // block], slot % block, key[slot], value[slot])
+        (self.keys, self.values), self.cache, self.table = fill(lens, self.layout, kv_heads, dtype, generator)
         self.query = torch.randn(starts[-1], kv_heads * group, dim, generator=generator).to(dtype)
         self.starts, self.lens = torch.tensor(starts).int(), torch.tensor(lens).int()
         self.root, self.bits, self.positions = (
