@@ -46,7 +46,7 @@ test-v1: install
 
 test-v2: install
 	@echo "== tests: the V2 runner (interpreted where there is no GPU)"
-	VLLM_EAGLE3_INTERPRET=1 $(RUN) -m pytest tests/runner/v2 -m 'not slow' $(PYTEST_ARGS)
+	EAGLE3_INTERPRET=1 $(RUN) -m pytest tests/runner/v2 -m 'not slow' $(PYTEST_ARGS)
 
 test-kernels: install
 	@echo "== tests: kernels under Triton's interpreter"
@@ -54,7 +54,7 @@ test-kernels: install
 
 test-slow: install
 	$(RUN) -m pytest tests -m slow --ignore=tests/runner/v2 --ignore=tests/kernels $(PYTEST_ARGS)
-	VLLM_EAGLE3_INTERPRET=1 $(RUN) -m pytest tests/runner/v2 -m slow $(PYTEST_ARGS)
+	EAGLE3_INTERPRET=1 $(RUN) -m pytest tests/runner/v2 -m slow $(PYTEST_ARGS)
 
 lint: install
 	$(RUN) -m ruff check .

@@ -40,7 +40,7 @@ def test_replaces_the_proposer_and_imports_nothing_heavy():
 
 
 def test_disable_gives_stock_vllm_back():
-    assert "PROPOSER vllm.v1.spec_decode.eagle" in run(VLLM_EAGLE3_DISABLE="1")
+    assert "PROPOSER vllm.v1.spec_decode.eagle" in run(EAGLE3_DISABLE="1")
 
 
 def test_vllm_plugins_leaves_it_out():

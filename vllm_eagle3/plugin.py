@@ -8,7 +8,7 @@ logger = logging.getLogger("vllm.eagle3")
 
 SUPPORTED = ((0, 32), (0, 34))
 SUPPORTED_TEXT = "vLLM >= 0.32, < 0.34"
-DISABLE = "VLLM_EAGLE3_DISABLE"
+DISABLE = "EAGLE3_DISABLE"
 
 
 def vllm_version() -> str:

@@ -29,10 +29,10 @@ TIMEOUT = 300  # seconds
 def native() -> ctypes.CDLL | None:
     """The compiled kernels; None, after one warning with the reason, where they cannot be compiled.
 
-    The first process to ask compiles, the others wait for it. VLLM_EAGLE3_NATIVE=0 switches the kernels off.
+    The first process to ask compiles, the others wait for it. EAGLE3_NATIVE=0 switches the kernels off.
     """
-    if os.environ.get("VLLM_EAGLE3_NATIVE", "1") == "0":
-        logger.warning("VLLM_EAGLE3_NATIVE=0: draft trees use torch operations instead of native CPU kernels")
+    if os.environ.get("EAGLE3_NATIVE", "1") == "0":
+        logger.warning("EAGLE3_NATIVE=0: draft trees use torch operations instead of native CPU kernels")
         return None
     try:
         return ctypes.CDLL(str(_library()))

@@ -118,15 +118,15 @@ def test_bad_graft(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_environments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluate.torch.cuda, "is_available", lambda: False)
-    monkeypatch.setenv("VLLM_EAGLE3_DISABLE", "1")
-    monkeypatch.setenv("VLLM_EAGLE3_INTERPRET", "1")
-    flags = ("VLLM_EAGLE3_DISABLE", "VLLM_EAGLE3_INTERPRET", "VLLM_USE_V2_MODEL_RUNNER")
+    monkeypatch.setenv("EAGLE3_DISABLE", "1")
+    monkeypatch.setenv("EAGLE3_INTERPRET", "1")
+    flags = ("EAGLE3_DISABLE", "EAGLE3_INTERPRET", "VLLM_USE_V2_MODEL_RUNNER")
     seen = {
         mode: tuple(evaluate.environment(mode).get(flag) for flag in flags)
         for mode in ("native", "chain", "tree")
     }
     assert seen == {"native": ("1", None, "0"), "chain": (None, None, "0"), "tree": (None, "1", "1")}
-    assert os.environ["VLLM_EAGLE3_DISABLE"] == "1"
+    assert os.environ["EAGLE3_DISABLE"] == "1"
 
 
 def test_json_and_figure(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -18,7 +18,7 @@ SHARED_MEMORY = 227 * 1024  # bytes a block may use on sm_90
 def compiled() -> dict[str, list[dict]]:
     """Launches by name, compiled in a process where Triton does not interpret."""
     pytest.importorskip("triton")
-    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "VLLM_EAGLE3_INTERPRET")}
+    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "EAGLE3_INTERPRET")}
     script = Path(__file__).with_name("sm90.py")
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=env, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

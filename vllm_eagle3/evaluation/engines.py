@@ -24,7 +24,7 @@ class Engine(Protocol):
 
 
 class VllmEngine:
-    """vLLM's offline batch; the environment decides whether it is stock (VLLM_EAGLE3_DISABLE) or ours."""
+    """vLLM's offline batch; the environment decides whether it is stock (EAGLE3_DISABLE) or ours."""
 
     def __init__(self, mode: str, settings: EvalSettings, timed: bool) -> None:
         from vllm import LLM

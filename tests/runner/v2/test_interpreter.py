@@ -52,7 +52,7 @@ if __name__ == "__main__":
     use_tqdm=False)[0].outputs[0].token_ids))
 """
     env = os.environ | {
-        "VLLM_EAGLE3_INTERPRET": "1",
+        "EAGLE3_INTERPRET": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
         "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn",
         "PYTHONPATH": "",
