@@ -9,7 +9,7 @@ into either.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,11 +23,15 @@ from vllm_eagle3.reference.draft import KV, DraftModel
 class Tree:
     """A draft. Node 0 is the root, the last token of the text; a parent comes before its children.
 
-    tokens: target ids of the nodes; parents: index of each node's parent, -1 for the root.
+    tokens: target ids of the nodes; parents: index of each node's parent, -1 for the root. For drafts that were
+    drawn (`reference/sampled.py`), q: by node, the distribution [vocab] that its children in `drawn` were drawn
+    from, in order and without replacement.
     """
 
     tokens: list[int]
     parents: list[int]
+    q: dict[int, Tensor] = field(default_factory=dict)
+    drawn: frozenset[int] = frozenset()
 
     @property
     def depths(self) -> list[int]:
@@ -58,6 +62,8 @@ class Decoded:
 # A proposer grows a tree from the text's last token: (draft, a of the last row [1, h], the draft's KV, the text).
 # That row is the one of the last token but one, so its position is len(text) - 2.
 Proposer = Callable[[DraftModel, Tensor, KV, list[int]], Tree]
+# A rule of verification: (tree, the target's logits at each node, temperature, noise) -> path and next token
+Verifier = Callable[[Tree, Tensor, float, torch.Generator | None], tuple[list[int], int]]
 
 
 def chain(num_speculative_tokens: int) -> Proposer:
@@ -148,7 +154,7 @@ def grafted(propose: Proposer, length: int = 8, min_match: int = 2, max_match: i
                 tokens.append(token)
                 parents.append(node)
             node = len(tokens) - 1 if shared is None else shared
-        return Tree(tokens, parents)
+        return replace(tree, tokens=tokens, parents=parents)
 
     return with_graft
 
@@ -227,6 +233,7 @@ def decode(
     stop: Collection[int] = (),
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
+    verify: Verifier = accept,
 ) -> Decoded:
     """Answers `prompt` (token ids), at most `max_tokens` tokens, up to and with the first token in `stop`.
 
@@ -250,7 +257,7 @@ def decode(
         tree = propose(draft, a[-1:], kv, prompt + answer.tokens)
 
         logits, states = target(tree, past)
-        rows, token = accept(tree, logits, temperature, generator)
+        rows, token = verify(tree, logits, temperature, generator)
         target.keep(past, rows)
         following = new = [*(tree.tokens[node] for node in rows[1:]), token]
         past += len(rows)
