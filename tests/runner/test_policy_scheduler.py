@@ -51,7 +51,9 @@ def count_verified(sched, seen):
 def test_outputs_are_exact_while_the_number_of_drafts_changes_every_step(
     engine, tmp_path, monkeypatch, overlap
 ):
-    monkeypatch.setattr(Eagle3Proposer, "STOP", 0.0)  # the random draft trusts none of its drafts
+    monkeypatch.setattr(
+        Eagle3Proposer, "MIN_CHAIN_PROBABILITY", 0.0
+    )  # the random draft trusts none of its drafts
     target = write_random_target(tmp_path / "target")
     draft = write_random_draft(tmp_path / "draft")
     prompts = [[3, 9, 27 + 5 * i, 81] for i in range(4)]

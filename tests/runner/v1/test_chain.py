@@ -21,7 +21,8 @@ def metrics(llm):
 def test_text_is_the_targets(engine, closed_form_target, closed_form_draft, tokens, batch):
     llm = engine(closed_form_target, speculative_config=speculative(closed_form_draft, tokens))
     assert (
-        type(proposer(llm)).__module__ == "vllm_eagle3.runner.v1.proposer" and proposer(llm).ours is not None
+        type(proposer(llm)).__module__ == "vllm_eagle3.runner.v1.proposer"
+        and proposer(llm).draft_config is not None
     )
     prompts = [[3, 9, 27 + i] for i in range(batch)]
     assert token_ids(llm, prompts, GREEDY) == [greedy_text(p[-1], 16) for p in prompts]

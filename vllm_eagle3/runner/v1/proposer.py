@@ -22,44 +22,48 @@ logger = logging.getLogger("vllm.eagle3")
 
 
 class Eagle3Proposer(EagleProposer):
-    """vLLM's EagleProposer with this project's draft, drafting in the draft's own vocabulary.
+    """vLLM's EagleProposer with this project's draft, which drafts in its own vocabulary.
 
-    Stands in for EagleProposer under its name, so it also serves what is not ours (other methods; drafts left to
-    stock vLLM): then `ours` is None and every override steps aside.
+    vLLM also builds it for other methods, and for drafts that this project leaves to vLLM. Then `draft_config` is None
+    and every override calls super().
     """
 
     model: Any
-    STOP = 0.2
-    """Under policy "auto", a chain goes on while the draft gives it this probability of holding so far. See
+    MIN_CHAIN_PROBABILITY = 0.2
+    """Under policy "auto", a request stops drafting when the product of its draft probabilities falls below this. See
     docs/policy.md."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any = None) -> None:
-        self.ours = activate(vllm_config)
-        if self.ours is not None and Eagle3Options.from_additional_config(vllm_config.additional_config).tree:
+        self.draft_config = activate(vllm_config)
+        if (
+            self.draft_config is not None
+            and Eagle3Options.from_additional_config(vllm_config.additional_config).tree
+        ):
             raise ValueError(
                 "additional_config: option 'eagle3.tree': draft trees need vLLM's V2 model runner, found the V1 "
                 "runner. Unset VLLM_USE_V2_MODEL_RUNNER=0, or leave the option out to draft chains"
             )
         super().__init__(vllm_config, device, runner)
-        # Where nothing is captured in graphs, one step over the drafting rows beats vLLM's padded loop.
-        self.direct = self.ours is not None and device.type == "cpu"
+        # Where no CUDA graph is captured, one step over the drafting rows is faster than vLLM's padded loop.
+        self.direct = self.draft_config is not None and device.type == "cpu"
         self.may_stop = (
             self.direct
             and in_charge(vllm_config)
-            and not vllm_config.scheduler_config.async_scheduling  # which has promised the drafts already
+            and not vllm_config.scheduler_config.async_scheduling  # it has promised the drafts already
             and vllm_config.parallel_config.world_size == 1  # otherwise no rank sees all logits
         )
 
     def load_model(self, target_model: torch.nn.Module) -> None:
         super().load_model(target_model)
-        if self.ours is not None:
+        if self.draft_config is not None:
             form = "graphs" if not self.direct else "direct, int8" if self.model.int8 else "direct"
-            report(self.ours, "V1", self.vllm_config, form)
+            report(self.draft_config, "V1", self.vllm_config, form)
         if self.direct:
-            gc.collect()  # packed weights that loading replaced: freed while torch.compile traces, they print an error
+            # Weights that loading replaced by packed ones print an error if they are freed while torch.compile traces.
+            gc.collect()
 
     def _greedy_sample(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if self.ours is None:
+        if self.draft_config is None:
             return super()._greedy_sample(hidden_states)
         return self.model.get_top_tokens(hidden_states)
 
@@ -67,7 +71,11 @@ class Eagle3Proposer(EagleProposer):
         self, hidden_states: torch.Tensor, sampling_metadata: SamplingMetadata
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Draft ids [n] and, for probabilistic drafts, their distribution [n, vocab] for the rejection sampler."""
-        if self.ours is None or not self._enable_probabilistic_draft_probs or sampling_metadata.all_greedy:
+        if (
+            self.draft_config is None
+            or not self._enable_probabilistic_draft_probs
+            or sampling_metadata.all_greedy
+        ):
             return super()._sample_draft_tokens(hidden_states, sampling_metadata)
         logits = self.model.draft_logits(hidden_states)
         ids, draft_probs = compute_probs_and_sample_next_token(
@@ -93,8 +101,10 @@ class Eagle3Proposer(EagleProposer):
         num_rejected_tokens_gpu: torch.Tensor | None = None,
         slot_mappings: Any = None,
     ) -> torch.Tensor | list[list[int]]:
-        """Draft ids [batch, num_speculative_tokens], or a list a request where chains may stop early; arguments
-        as upstream's."""
+        """Draft ids [batch, num_speculative_tokens], or one list a request where chains may stop early.
+
+        Arguments as upstream's.
+        """
         if not self.direct or self.supports_mm_inputs or self.uses_mrope:
             return super().propose(
                 num_speculative_tokens,
@@ -110,50 +120,105 @@ class Eagle3Proposer(EagleProposer):
                 slot_mappings,
             )
         self.num_speculative_tokens = num_speculative_tokens
+        rows = token_indices_to_sample
+        return self._propose_direct(
+            target_token_ids,
+            target_positions,
+            self.model.combine_hidden_states(target_hidden_states),
+            next_token_ids,
+            common_attn_metadata.query_start_loc[1:] - 1 if rows is None else rows,
+            common_attn_metadata,
+            sampling_metadata,
+            num_rejected_tokens_gpu,
+        )
+
+    def _propose_direct(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        g: torch.Tensor,
+        next_token_ids: torch.Tensor,
+        rows: torch.Tensor,
+        metadata: CommonAttentionMetadata,
+        sampling_metadata: SamplingMetadata,
+        num_rejected: torch.Tensor | None,
+    ) -> torch.Tensor | list[list[int]]:
+        """As `propose`, one step over all rows and then one step a draft over the rows that draft.
+
+        token_ids, positions, g: of all n rows of the batch, g [n, h]. next_token_ids [batch]: the last token of each
+        request. rows [batch]: the row of each request that drafts. num_rejected: drafts that each request rejected.
+        """
         self._last_draft_probs = None
-        cad = common_attn_metadata
-        if token_indices_to_sample is None:
-            token_indices_to_sample = cad.query_start_loc[1:] - 1
-        g = self.model.combine_hidden_states(target_hidden_states)
+        drafting = self._one_query_per_request(metadata, num_rejected)
+        hidden_states, g = self._first_step(
+            token_ids, positions, g, next_token_ids, rows, metadata.slot_mapping, drafting
+        )
+        if self.num_speculative_tokens == 0:
+            return torch.empty(drafting.num_reqs, 0, dtype=torch.int64)
+        return self._extend_chain(hidden_states, g, positions[rows], drafting, sampling_metadata)
+
+    def _first_step(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        g: torch.Tensor,
+        next_token_ids: torch.Tensor,
+        rows: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        drafting: CommonAttentionMetadata,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the draft's keys and values of all rows; returns (norm(a), next g) of the rows that draft, [batch, h].
+
+        Without drafts to make, no row drafts: the step only keeps the draft's KV cache level with the target's.
+        """
         # [a1, b1, b2, c1, c2] -> [a2, b2, b3, c2, c3]: each row joins a state with the token after it.
-        input_ids = torch.roll(target_token_ids, -1)
-        input_ids[token_indices_to_sample] = next_token_ids.to(input_ids.dtype)
-        cad = self._one_query_per_request(cad, num_rejected_tokens_gpu)
-        slot_mapping = common_attn_metadata.slot_mapping[: len(input_ids)]
-        if num_speculative_tokens == 0:  # keep the draft's KV in step with the target's, and no more
-            none = token_indices_to_sample[:0]
-            self.model.step(input_ids, g, target_positions, slot_mapping, None, rows=none)
-            return torch.empty(cad.num_reqs, 0, dtype=torch.int64)
-        hidden_states, g = self.model.step(
+        input_ids = torch.roll(token_ids, -1)
+        input_ids[rows] = next_token_ids.to(input_ids.dtype)
+        drafts = self.num_speculative_tokens > 0
+        return self.model.step(
             input_ids,
             g,
-            target_positions,
-            slot_mapping,
-            self._metadata(cad, 0),
-            rows=token_indices_to_sample,
+            positions,
+            slot_mapping[: len(input_ids)],
+            self._metadata(drafting, 0) if drafts else None,
+            rows=rows if drafts else rows[:0],
         )
-        positions = target_positions[token_indices_to_sample]
-        ids: list[torch.Tensor] = []
-        probs: list[torch.Tensor] = []
+
+    def _extend_chain(
+        self,
+        hidden_states: torch.Tensor,
+        g: torch.Tensor,
+        positions: torch.Tensor,
+        metadata: CommonAttentionMetadata,
+        sampling_metadata: SamplingMetadata,
+    ) -> torch.Tensor | list[list[int]]:
+        """Draft from the output of the first step, until num_speculative_tokens or until every chain has stopped.
+
+        Where chains may stop, a request drafts until the product of its draft probabilities falls below
+        MIN_CHAIN_PROBABILITY. The draft that takes it below is its last one.
+        """
         sampled = self._enable_probabilistic_draft_probs and not sampling_metadata.all_greedy
         may_stop = self.may_stop and not sampled
-        trust, lengths = torch.ones(cad.num_reqs), torch.zeros(cad.num_reqs, dtype=torch.int64)
-        for index in range(num_speculative_tokens):
-            going_on = trust >= self.STOP
-            if not going_on.any():
+        ids: list[torch.Tensor] = []
+        probs: list[torch.Tensor] = []
+        chain_probability = torch.ones(len(positions))
+        lengths = torch.zeros(len(positions), dtype=torch.int64)
+        for index in range(self.num_speculative_tokens):
+            continuing = chain_probability >= self.MIN_CHAIN_PROBABILITY
+            if not continuing.any():
                 break
-            lengths += going_on
+            lengths += continuing
             if index > 0:
                 self.positions[: len(positions)] = positions
                 positions = self._update_positions_dependent_metadata(
-                    positions, cad, len(positions), len(positions), self.block_size
+                    positions, metadata, len(positions), len(positions), self.block_size
                 )
                 hidden_states, g = self.model.step(
-                    ids[-1], g, positions, cad.slot_mapping, self._metadata(cad, index)
+                    ids[-1], g, positions, metadata.slot_mapping, self._metadata(metadata, index)
                 )
-            if may_stop and index + 1 < num_speculative_tokens:
-                step_ids, confidence = self.model.get_confident_tokens(hidden_states)
-                trust, step_probs = trust * confidence, None
+            if may_stop and index + 1 < self.num_speculative_tokens:
+                step_ids, probability = self.model.get_confident_tokens(hidden_states)
+                chain_probability, step_probs = chain_probability * probability, None
             else:
                 step_ids, step_probs = self._sample_draft_tokens(hidden_states, sampling_metadata)
             ids.append(step_ids)
@@ -169,7 +234,7 @@ class Eagle3Proposer(EagleProposer):
     def _one_query_per_request(
         self, cad: CommonAttentionMetadata, num_rejected: torch.Tensor | None
     ) -> CommonAttentionMetadata:
-        """The batch as the drafting rows see it: one query a request, at the end of what was accepted."""
+        """The batch as the drafting rows see it: one query a request, behind its accepted tokens."""
         num_reqs = cad.num_reqs
         return replace(
             cad,
@@ -184,7 +249,7 @@ class Eagle3Proposer(EagleProposer):
         return self.build_per_group_and_layer_attn_metadata(cad, draft_index)[0][0]
 
     def dummy_run(self, num_tokens: int, *args: Any, **kwargs: Any) -> None:
-        """Warm-up and profiling: the layer without attention, so that nothing is compiled that is never used."""
+        """Warm-up and profiling. Runs the layer without attention, and so compiles nothing that is never used."""
         if not self.direct or self.supports_mm_inputs or self.uses_mrope:
             return super().dummy_run(num_tokens, *args, **kwargs)
         with set_forward_context(None, self.vllm_config, num_tokens=num_tokens):
