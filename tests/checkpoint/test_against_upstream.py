@@ -57,7 +57,7 @@ def test_rope_is_what_transformers_reads(tmp_path: Path, rope: dict[str, Any]) -
     write_dialect(tmp_path, "safeailab", draft_tensors(dims), dims)
     config = json.loads((tmp_path / "config.json").read_text())
     config = {key: value for key, value in config.items() if not key.startswith("rope_")} | rope
-    ours = LlamaConfig(**resolve_config(config, source="").body).rope_parameters
+    ours = LlamaConfig(**resolve_config(config, source="").layer_config).rope_parameters
     theirs = LlamaConfig(**copy.deepcopy(config)).rope_parameters
     assert ours == {key: value for key, value in theirs.items() if key != "type"}
 
@@ -77,6 +77,6 @@ def test_vllms_config_object_gives_the_same_as_the_file(tmp_path: Path, dialect:
         hf = eagle.EAGLEConfig(AutoConfig.from_pretrained(tmp_path), method="eagle3", model_type="eagle")
     file = resolve_config(json.loads((tmp_path / "config.json").read_text()), source="")
     ours = resolve_config(hf.to_dict(), source="")
-    assert {key: ours.body[key] for key in file.body} == file.body
-    different = {"body": {}, "notes": (), "dialect": ""}
+    assert {key: ours.layer_config[key] for key in file.layer_config} == file.layer_config
+    different = {"layer_config": {}, "notes": (), "dialect": ""}
     assert dataclasses.replace(ours, **different) == dataclasses.replace(file, **different)

@@ -62,7 +62,7 @@ def test_target_by_directory(tmp_path: Path) -> None:
 def test_modelopt_quantisation_file(tmp_path: Path) -> None:
     write(tmp_path)
     (tmp_path / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
-    assert "quantization_config" in read_checkpoint(tmp_path).config.body
+    assert "quantization_config" in read_checkpoint(tmp_path).config.layer_config
 
 
 def refuses(folder: Path, *parts: str) -> None:

@@ -31,7 +31,7 @@ def test_golden(tmp_path: Path, dialect: str) -> None:
     assert got.dialect == dialect
     assert dataclasses.replace(got, dialect="", notes=()) == DraftConfig(
         dialect="",
-        body={
+        layer_config={
             "model_type": "llama",
             "hidden_size": 32,
             "intermediate_size": 48,
@@ -76,13 +76,13 @@ def test_each_flag_reaches_the_canonical_form(tmp_path: Path, dialect: str, flag
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3"])
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_body_builds_the_hf_config(tmp_path: Path, dialect: str, model_type: str) -> None:
+def test_layer_config_builds_the_hf_config(tmp_path: Path, dialect: str, model_type: str) -> None:
     from transformers import LlamaConfig, Qwen3Config
 
-    body = resolve(config_of(tmp_path, dialect, Dims(model_type=model_type))).body
-    hf = {"llama": LlamaConfig, "qwen3": Qwen3Config}[body["model_type"]](**body)
-    assert body["model_type"] == model_type
-    for key, value in body.items():
+    layer = resolve(config_of(tmp_path, dialect, Dims(model_type=model_type))).layer_config
+    hf = {"llama": LlamaConfig, "qwen3": Qwen3Config}[layer["model_type"]](**layer)
+    assert layer["model_type"] == model_type
+    for key, value in layer.items():
         assert getattr(hf, key) == value, key
 
 
@@ -220,7 +220,7 @@ def test_rope_of_both_generations(tmp_path: Path, rope: dict[str, Any], expected
             layer.pop(key, None)
         layer |= rope
         got = resolve(config)
-        assert got.body["rope_parameters"] == expected
+        assert got.layer_config["rope_parameters"] == expected
         assert any("rope_theta: missing" in note for note in got.notes) == (not rope)
 
 
@@ -234,10 +234,10 @@ def test_sliding_window_of_the_one_layer(tmp_path: Path) -> None:
     config = config_of(tmp_path, "speculators", Dims(model_type="qwen3"))
     layer = config["transformer_layer_config"]
     layer |= {"sliding_window": 64, "layer_types": ["full_attention"] * 36}
-    assert resolve(config).body["sliding_window"] is None
+    assert resolve(config).layer_config["sliding_window"] is None
     layer["layer_types"] = ["sliding_attention"] * 36
-    body = resolve(config).body
-    assert (body["layer_types"], body["sliding_window"], body["use_sliding_window"]) == (
+    layer = resolve(config).layer_config
+    assert (layer["layer_types"], layer["sliding_window"], layer["use_sliding_window"]) == (
         ["sliding_attention"],
         64,
         True,
@@ -362,5 +362,9 @@ def test_sizes_left_out_have_their_usual_meaning(tmp_path: Path) -> None:
     for key in ("head_dim", "num_key_value_heads", "draft_vocab_size", "rms_norm_eps"):
         del config[key]
     got = resolve(config)
-    assert (got.body["head_dim"], got.body["num_key_value_heads"], got.draft_vocab_size) == (8, 4, 96)
+    assert (got.layer_config["head_dim"], got.layer_config["num_key_value_heads"], got.draft_vocab_size) == (
+        8,
+        4,
+        96,
+    )
     assert any("rms_norm_eps: missing" in note for note in got.notes)

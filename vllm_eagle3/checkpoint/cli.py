@@ -87,7 +87,11 @@ def _render(form: dict[str, Any]) -> str:
         shown = "unknown: name the target" if aux is None else list(aux)
         lines += ["", "config", f"  {'aux_layers':<24} {shown}"]
         lines += [f"  {key:<24} {json.dumps(config[key])}" for key in SHOWN]
-        lines += ["", "layer", *(f"  {key:<24} {json.dumps(value)}" for key, value in config["body"].items())]
+        lines += [
+            "",
+            "layer",
+            *(f"  {key:<24} {json.dumps(value)}" for key, value in config["layer_config"].items()),
+        ]
         lines += ["", f"tensors ({', '.join(form['files'])})"]
         lines += [f"  {name:<44} {t['dtype']:<9} {t['shape']}" for name, t in form["tensors"].items()]
     return "\n".join(lines) + "\n"

@@ -21,7 +21,7 @@ MODELOPT_KEYS = {
     "parallel_draft_heads_num_layers",
     "norm_before_fc",
 }
-# What of a layer's config is passed on unchanged where present; the rest of the body is resolved here.
+# What of a layer's config is passed on unchanged where present; the rest of it is resolved here.
 PASSED_ON = (
     "initializer_range",
     "attention_dropout",
@@ -40,13 +40,13 @@ class DraftConfig:
     """The canonical form of a draft's configuration.
 
     With `unsupported_reason` set, stock vLLM serves the draft and this plugin does not: then only `dialect`,
-    `body` (the layer's config as found) and the notes mean anything; sizes the config does not state are 0.
+    `layer_config` (the layer's config as found) and the notes mean anything; sizes the config does not state are 0.
     """
 
     dialect: str
     """"safeailab", "specforge", "modelopt" or "speculators"."""
-    body: dict[str, Any]
-    """Flat config of the layer, enough for HF's LlamaConfig or Qwen3Config (`body["model_type"]`)."""
+    layer_config: dict[str, Any]
+    """Flat config of the layer, enough for HF's LlamaConfig or Qwen3Config (`layer_config["model_type"]`)."""
     hidden_size: int
     target_hidden_size: int
     vocab_size: int
@@ -105,7 +105,7 @@ def resolve_config(
         return _unsupported(dialect, config, layer, reason)
 
     notes = [f"dialect: {dialect}"]
-    body = _body(reader, config, notes)
+    layer_config = _layer_config(reader, config, notes)
     flags = _Reader(config, source)
     _refuse_unknown_forward(flags.mapping("eagle_config"), source)
     vocab_size = reader.size("vocab_size")
@@ -114,13 +114,13 @@ def resolve_config(
         raise CheckpointError(
             f"{source}: draft_vocab_size {draft_vocab_size} exceeds vocab_size {vocab_size}"
         )
-    target_hidden_size = flags.size("target_hidden_size", default=body["hidden_size"])
+    target_hidden_size = flags.size("target_hidden_size", default=layer_config["hidden_size"])
 
     target = None
     if target_config is not None:
         target = TargetFacts.from_config(target_config)
         target.check(hidden_size=target_hidden_size, vocab_size=vocab_size, source=source)
-        notes += target.notes(body["max_position_embeddings"], _verifier(config))
+        notes += target.notes(layer_config["max_position_embeddings"], _verifier(config))
     aux, note = resolve_aux_layers(
         config,
         is_speculators=dialect == "speculators",
@@ -142,18 +142,18 @@ def resolve_config(
     )
     return DraftConfig(
         dialect=dialect,
-        body=body,
-        hidden_size=body["hidden_size"],
+        layer_config=layer_config,
+        hidden_size=layer_config["hidden_size"],
         target_hidden_size=target_hidden_size,
         vocab_size=vocab_size,
         draft_vocab_size=draft_vocab_size,
         aux_layers=aux,
-        max_position_embeddings=body["max_position_embeddings"],
+        max_position_embeddings=layer_config["max_position_embeddings"],
         norm_before_residual=norm_before_residual,
         norm_before_fc=nested_norm,
         fc_norm=flags.flag("fc_norm") or flags.flag("use_aux_norm"),
         norm_output=flags.flag("norm_output"),
-        tie_word_embeddings=body["tie_word_embeddings"],
+        tie_word_embeddings=layer_config["tie_word_embeddings"],
         notes=tuple(notes),
     )
 
@@ -169,7 +169,7 @@ def _dialect(config: Mapping[str, Any]) -> str:
     return "safeailab"
 
 
-def _body(reader: "_Reader", config: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
+def _layer_config(reader: "_Reader", config: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
     """The layer's config in canonical form: every size stated, transformers-5 style rope."""
     layer, source = reader.values, reader.source
     family = _family(config, layer)
@@ -189,12 +189,12 @@ def _body(reader: "_Reader", config: Mapping[str, Any], notes: list[str]) -> dic
         raise CheckpointError(f"{source}: hidden_act: expected 'silu', found {act!r}")
     if layer.get("rms_norm_eps") is None:
         notes.append("rms_norm_eps: missing, so transformers' default 1e-06")
-    body = {key: layer[key] for key in PASSED_ON if layer.get(key) is not None}
+    passed_on = {key: layer[key] for key in PASSED_ON if layer.get(key) is not None}
     if config.get("quantization_config") is not None:
-        body["quantization_config"] = config["quantization_config"]
+        passed_on["quantization_config"] = config["quantization_config"]
     layer_type = (layer.get("layer_types") or ["full_attention"])[0]
     sliding = layer_type == "sliding_attention"
-    return body | {
+    return passed_on | {
         "model_type": family,
         "hidden_size": hidden_size,
         "intermediate_size": reader.size("intermediate_size"),
@@ -251,7 +251,7 @@ def _unsupported(
 
     return DraftConfig(
         dialect=dialect,
-        body=dict(layer),
+        layer_config=dict(layer),
         hidden_size=size("hidden_size"),
         target_hidden_size=size("target_hidden_size", size("hidden_size")),
         vocab_size=size("vocab_size"),

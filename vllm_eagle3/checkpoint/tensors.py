@@ -41,11 +41,11 @@ Shape = tuple[int, ...]
 
 def expected_shapes(config: DraftConfig) -> tuple[dict[str, Shape], dict[str, Shape]]:
     """Canonical name -> shape of the required tensors and of the optional ones, d2t and t2d aside."""
-    body, h, ht = config.body, config.hidden_size, config.target_hidden_size
+    layer, h, ht = config.layer_config, config.hidden_size, config.target_hidden_size
     fused = config.num_aux_hidden_states * ht
-    q_out = body["num_attention_heads"] * body["head_dim"]
-    kv_out = body["num_key_value_heads"] * body["head_dim"]
-    mlp = body["intermediate_size"]
+    q_out = layer["num_attention_heads"] * layer["head_dim"]
+    kv_out = layer["num_key_value_heads"] * layer["head_dim"]
+    mlp = layer["intermediate_size"]
     attention, feed_forward = LAYER + "self_attn.", LAYER + "mlp."
     required: dict[str, Shape] = {
         "fc.weight": (h, fused),
@@ -64,13 +64,13 @@ def expected_shapes(config: DraftConfig) -> tuple[dict[str, Shape], dict[str, Sh
     optional: dict[str, Shape] = {"lm_head.weight": (config.draft_vocab_size, h)}
     # The target's embedding can stand in only where it has the draft's width.
     (optional if h == ht else required)["embed_tokens.weight"] = (config.vocab_size, h)
-    if body["model_type"] == "qwen3":
-        required |= {attention + f"{x}_norm.weight": (body["head_dim"],) for x in "qk"}
-    if body["attention_bias"]:
+    if layer["model_type"] == "qwen3":
+        required |= {attention + f"{x}_norm.weight": (layer["head_dim"],) for x in "qk"}
+    if layer["attention_bias"]:
         sizes = {"q": q_out, "k": kv_out, "v": kv_out}
         required |= {attention + f"{x}_proj.bias": (n,) for x, n in sizes.items()}
         optional[attention + "o_proj.bias"] = (h,)
-    if body["mlp_bias"]:
+    if layer["mlp_bias"]:
         sizes = {"gate": mlp, "up": mlp, "down": h}
         required |= {feed_forward + f"{x}_proj.bias": (n,) for x, n in sizes.items()}
     if config.norm_before_fc:
@@ -130,7 +130,7 @@ class _Stream:
         self.config, self.source, self.file_of, self.notes = config, source, file_of, notes
         self.required, self.optional = expected_shapes(config)
         self.shapes = self.required | self.optional
-        self.quantised = "quantization_config" in config.body
+        self.quantised = "quantization_config" in config.layer_config
         self.seen: dict[str, str] = {}
         self.held: dict[str, Tensor] = {}
         self.bias_dtype = torch.float32
@@ -242,7 +242,7 @@ class _Stream:
             if name.startswith(prefix):
                 return f": config.json does not say {flag} is true"
         if name.startswith("layers.") and not name.startswith(LAYER):
-            return f": config.json says num_hidden_layers is {self.config.body['num_hidden_layers']}"
+            return f": config.json says num_hidden_layers is {self.config.layer_config['num_hidden_layers']}"
         if last == "weight" and name.rpartition(".")[0].endswith(("q_norm", "k_norm")):
             return ": norms on q and k, but config.json describes a llama layer, not a qwen3 one"
         return f"; expected {', '.join(sorted(self.shapes))}, d2t, t2d (or {OLD_LAYER} for {LAYER})"

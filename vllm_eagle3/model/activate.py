@@ -79,7 +79,7 @@ def _warn_left(reason: str) -> None:
 def _rewrite(model: Any, config: DraftConfig, max_model_len: int) -> None:
     """Every convention in the one place where both of vLLM's runners read it."""
     hf = model.hf_config
-    hf.architectures = [ARCHITECTURES[config.body["model_type"]]]
+    hf.architectures = [ARCHITECTURES[config.layer_config["model_type"]]]
     hf.eagle_aux_hidden_state_layer_ids = list(config.aux_layers or ())
     hf.eagle_config = {"use_aux_hidden_state": True, "norm_before_fc": config.norm_before_fc}
     hf.draft_vocab_size = config.draft_vocab_size
@@ -89,7 +89,7 @@ def _rewrite(model: Any, config: DraftConfig, max_model_len: int) -> None:
         setattr(hf, flag, getattr(config, flag))
     # Trainers state the length they trained on. Without scaling, RoPE is a closed form: the table only has to be
     # long enough; with scaling, vLLM sizes the table from the scaling itself.
-    rope_type = (config.body["rope_parameters"] or {}).get("rope_type", "default")
+    rope_type = (config.layer_config["rope_parameters"] or {}).get("rope_type", "default")
     if hf.max_position_embeddings < max_model_len and rope_type == "default":
         hf.max_position_embeddings = max_model_len
         model.max_model_len = max_model_len

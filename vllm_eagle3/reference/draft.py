@@ -62,7 +62,7 @@ class PlainDraftConfig:
         """
         if found.unsupported_reason or found.aux_layers is None:
             raise CheckpointError(f"{source}: {found.unsupported_reason or 'its aux layers are not known'}")
-        body = found.body
+        layer = found.layer_config
         same = ["intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"]
         same += ["rms_norm_eps", "rope_parameters", "attention_bias"]
         return cls(
@@ -72,12 +72,12 @@ class PlainDraftConfig:
             aux_layers=tuple(found.aux_layers),
             target_hidden_size=found.target_hidden_size,
             max_position_embeddings=found.max_position_embeddings,
-            qk_norm=body["model_type"] == "qwen3",
+            qk_norm=layer["model_type"] == "qwen3",
             norm_before_residual=found.norm_before_residual,
             norm_output=found.norm_output,
             fc_norm=found.fc_norm,
             input_norm=found.norm_before_fc,
-            **{name: body[name] for name in same},
+            **{name: layer[name] for name in same},
         )
 
     @property
