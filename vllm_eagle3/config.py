@@ -68,8 +68,8 @@ class Eagle3Options:
         "auto",
         "str",
         " or ".join(f'"{policy}"' for policy in POLICIES),
-        '"auto" drafts what pays at the present batch size and acceptance, from num_speculative_tokens or the whole '
-        'tree down to nothing; "fixed" drafts all of it in every step.',
+        '"auto" chooses 0 to num_speculative_tokens drafts per step (of a tree: its best nodes) to maximise '
+        'throughput; "fixed" drafts all of them in every step.',
     )
     fused_kernels: bool = _option(
         True, "bool", "true or false", "Use the fused kernels. false runs their plain PyTorch twins."

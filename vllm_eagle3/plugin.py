@@ -32,14 +32,14 @@ def is_supported(version: str) -> bool:
 def register() -> None:
     """Arrange for vLLM's method eagle3 to use this project's proposer. Imports nothing heavy; idempotent.
 
-    Outside the supported range vLLM is left untouched, with an error in the log.
+    Outside the supported range it changes nothing and logs an error.
     """
     if os.environ.get(DISABLE, "0") == "1":
         return
     version = vllm_version()
     if not is_supported(version):
         logger.error(
-            "vllm-eagle3 supports %s, found %s: vLLM is left untouched, eagle3 is vLLM's own",
+            "vllm-eagle3 supports %s, found %s. vLLM is left unchanged and uses its own EAGLE-3",
             SUPPORTED_TEXT,
             version or "no vLLM",
         )

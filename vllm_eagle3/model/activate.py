@@ -1,4 +1,4 @@
-"""Makes vLLM's configuration of the draft say what the checkpoint means, before the draft is built."""
+"""Rewrite vLLM's configuration of the draft to what the checkpoint means, before vLLM builds the draft."""
 
 import logging
 from functools import lru_cache
@@ -63,8 +63,9 @@ def activate(vllm_config: VllmConfig) -> DraftConfig | None:
         return None
     if config.aux_layers is None:
         raise CheckpointError(
-            f"{speculative.draft_model_config.model}: the target states no number of layers, so the layers the draft "
-            'reads are unknown: set additional_config {"eagle3": {"aux_layers": [low, mid, high]}}'
+            f"{speculative.draft_model_config.model}: expected a target whose config states its number of layers, from "
+            "which the layers that the draft reads follow, found none. Set additional_config "
+            '{"eagle3": {"aux_layers": [low, mid, high]}}'
         )
     _rewrite(speculative.draft_model_config, config, vllm_config.model_config.max_model_len)
     for note in config.notes:
@@ -73,11 +74,11 @@ def activate(vllm_config: VllmConfig) -> DraftConfig | None:
 
 
 def _warn_left(reason: str) -> None:
-    logger.warning("vllm-eagle3: this draft is left to vLLM's own EAGLE-3: %s", reason)
+    logger.warning("vllm-eagle3: vLLM's own EAGLE-3 serves this draft: %s", reason)
 
 
 def _rewrite(model: Any, config: DraftConfig, max_model_len: int) -> None:
-    """Every convention in the one place where both of vLLM's runners read it."""
+    """Write every convention into hf_config, where both of vLLM's runners read it."""
     hf = model.hf_config
     hf.architectures = [ARCHITECTURES[config.layer_config["model_type"]]]
     hf.eagle_aux_hidden_state_layer_ids = list(config.aux_layers or ())

@@ -1,8 +1,8 @@
-"""The EAGLE-3 draft as a vLLM module: vLLM's own layers, loaded from the canonical form, with a cheaper step.
+"""The EAGLE-3 draft as a vLLM module: vLLM's own layers, loaded from the canonical form, with a cheaper step on a CPU.
 
-Beside vLLM's `forward` (one fused layer over all rows, used where CUDA graphs capture it) there is `step`: it
-writes keys and values for all rows but computes attention, MLP and output only for the rows that draft. A draft has
-one layer, so nothing else ever reads the other rows.
+vLLM's `forward` runs one fused layer over all rows, and is used where CUDA graphs capture it. `step`, for a CPU, writes
+keys and values for all rows but computes attention, MLP and output only for the rows that draft. A draft has one
+layer, so nothing reads the output of the other rows.
 """
 
 from collections.abc import Iterable, Sequence
@@ -40,7 +40,7 @@ class _DraftMixin(nn.Module):
         options = Eagle3Options.from_additional_config(vllm_config.additional_config)
         self.fused_kernels, self.int8_draft = options.fused_kernels, options.int8_draft
         self.int8: dict[nn.Module, Int8Linear] = {}
-        """Stand-ins of `step` and `draft_logits` for layers on a CPU."""
+        """What `step` and `draft_logits` use instead of these layers on a CPU."""
         speculative = vllm_config.speculative_config
         assert speculative is not None
         self.source, target = speculative.draft_model_config.model, speculative.target_model_config
@@ -62,7 +62,7 @@ class _DraftMixin(nn.Module):
         if self.int8_draft:
             attention, mlp = self.model.layers[0].self_attn, self.model.layers[0].mlp
             layers = [self.model.fc, attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj]
-            if "lm_head.weight" in tensors:  # else the target's head takes its place after loading
+            if "lm_head.weight" in tensors:  # without it vLLM shares the target's head after loading
                 layers.append(self.lm_head)
             self.int8 = int8_layers(layers)
 
@@ -89,15 +89,15 @@ class _DraftMixin(nn.Module):
     def combine_hidden_states(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """g [n, h] from concatenated states [n, 3 h_target].
 
-        Upstream norms strided chunks, which vLLM's CPU kernel reads as if they were contiguous: with `fc_norm`
-        every row but the first comes out wrong there. `fuse` hands it contiguous ones.
+        Upstream normalises strided chunks, which vLLM's CPU kernel reads as if they were contiguous, so that with
+        `fc_norm` every row but the first is wrong. `fuse` gives the kernel contiguous states.
         """
         return self.fuse(hidden_states.chunk(3, dim=-1))
 
     def get_top_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Most likely target ids [n] int64 for normed outputs [n, h]: argmax in the draft vocabulary, then mapped."""
         if self.lm_head in self.int8:
-            # max is several times faster than argmax, which is scalar in bf16
+            # In bf16 on a CPU, max is several times faster than argmax, which is not vectorised.
             ids = self.draft_logits(hidden_states).max(dim=-1).indices
         elif self._fuses_head(hidden_states):
             return self._head_topk(hidden_states, 1).ids[:, 0]
@@ -143,7 +143,7 @@ class _DraftMixin(nn.Module):
         attn_metadata: Any,
         rows: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One draft step over n rows of which r draft.
+        """One draft step over n rows of which r draft. For a CPU only: it calls vLLM's CPU kernels directly.
 
         Args:
             input_ids: [n] token after each row's state.
@@ -189,10 +189,8 @@ class _DraftMixin(nn.Module):
             heads = (-1, attention.head_dim)
             query = rms_norm(query.reshape(heads), attention.q_norm.weight, eps).view(query.shape)
             key = rms_norm(key.reshape(heads), attention.k_norm.weight, eps).view(key.shape)
-        query, key = attention.rotary_emb.forward_cpu(
-            positions, query, key
-        )  # vLLM takes the slower native form
-        return query, key, value
+        # Called by itself, vLLM's module would run its slower native form.
+        return *attention.rotary_emb.forward_cpu(positions, query, key), value
 
 
 class Eagle3LlamaDraft(_DraftMixin, Eagle3LlamaForCausalLM):

@@ -1,6 +1,6 @@
-"""Draft weights in int8 on a CPU, where a draft step costs what reading its weights costs.
+"""Draft weights in int8 on a CPU, where the time of a draft step is the time of reading its weights.
 
-Only drafts depend on it: verification reads the target's own weights, so outputs stay what they were.
+Only drafts depend on it. Verification reads the target's own weights, so outputs do not change.
 """
 
 from collections.abc import Iterable
@@ -12,8 +12,11 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
 MAX_ERROR = 0.03
-"""Of the rounded weights, relative. An fc at 0.065 (few large weights, many small ones, as target states with large
-channels make them) cost acceptance; layers and heads lie at 0.01 to 0.02 and cost nothing that was seen."""
+"""Largest relative error of the rounded weights.
+
+An fc with an error of 0.065 (few large weights and many small ones, which target states with large channels lead to)
+lowered acceptance. Layers and heads have errors of 0.01 to 0.02, and lowered it by nothing that was seen.
+"""
 
 
 class Int8Linear:
@@ -41,18 +44,18 @@ class Int8Linear:
 
 
 def int8_layers(layers: Iterable[nn.Module]) -> dict[nn.Module, Int8Linear]:
-    """Stand-ins for those of `layers` that have one, and lose little by it."""
-    rounded = {layer: Int8Linear(layer.weight.data) for layer in layers if fits(layer)}  # type: ignore[arg-type]
+    """Int8 stand-ins for those of `layers` that can have one and whose error is at most MAX_ERROR."""
+    rounded = {layer: Int8Linear(layer.weight.data) for layer in layers if supports(layer)}  # type: ignore[arg-type]
     return {layer: int8 for layer, int8 in rounded.items() if int8.error <= MAX_ERROR}
 
 
-def fits(layer: Any) -> bool:
+def supports(layer: Any) -> bool:
     """Whether an Int8Linear can stand for this layer of vLLM's: on a CPU, bf16, whole, unquantised, without bias."""
     weight = getattr(layer, "weight", None)
     return (
         isinstance(weight, torch.Tensor)
         and weight.device.type == "cpu"
-        and weight.dtype == torch.bfloat16  # the kernel ends the process on fp16
+        and weight.dtype == torch.bfloat16  # the kernel aborts on fp16
         and layer.tp_size == 1
         and type(layer.quant_method) in (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
         and getattr(layer, "bias", None) is None

@@ -1,5 +1,8 @@
-"""vLLM's kernels, called directly. Outside torch.compile its modules run their unfused PyTorch forms, which cost a
-CPU more than the matrix products of a draft step do."""
+"""vLLM's kernels, called directly.
+
+Outside torch.compile, vLLM's modules run unfused PyTorch operations, which cost a CPU more than the matrix products of
+a draft step.
+"""
 
 from typing import Any
 

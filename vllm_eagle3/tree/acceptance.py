@@ -1,4 +1,4 @@
-"""The acceptance rule of draft trees. Nodes are numbered as in `drafting.tree.Tree`; node 0 is the root."""
+"""The acceptance rule of draft trees. Nodes are numbered as in `tree.growth.Tree`; node 0 is the root."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""What each row of a mixed batch may see while trees are verified; see `kernels.tree_attention`."""
+"""Which keys each row of a mixed batch may see while trees are verified; see `kernels.tree_attention`."""
 
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ class TreeMask(NamedTuple):
 
     root: torch.Tensor  # position of the tree's root in the sequence
     bits: torch.Tensor  # bit j: node j of the tree
-    positions: torch.Tensor  # root + depth: what the model is told
+    positions: torch.Tensor  # root + depth, the position that the model uses
 
     def fill(
         self,

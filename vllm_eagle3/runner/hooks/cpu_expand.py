@@ -1,4 +1,4 @@
-"""Upstream defects of vLLM on a CPU that would make speculation wrong there."""
+"""A corrected form of one of vLLM's CPU kernels, which speculation with sampling depends on."""
 
 from typing import Any
 

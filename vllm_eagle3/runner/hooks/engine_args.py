@@ -1,4 +1,4 @@
-"""What happens when engine arguments become a speculative config: a tree says how many drafts there can be."""
+"""Take `num_speculative_tokens` from the size of the draft tree when the user gives none."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ _stock = EngineArgs.create_speculative_config
 
 
 def create_speculative_config(self: EngineArgs, target_model_config: Any, target_parallel_config: Any) -> Any:
-    """Replaces the method of this name: `num_speculative_tokens`, if missing, is the number of the tree's nodes.
+    """Replaces the method of this name. Without `num_speculative_tokens`, the number of the tree's nodes is taken.
 
     Raises:
         ValueError: a bad option in `additional_config`.

@@ -1,4 +1,4 @@
-"""What changes in vLLM's front end, where requests are validated."""
+"""Accept min_p and logit_bias with EAGLE-3 on Model Runner V2."""
 
 from typing import Any
 
@@ -6,10 +6,10 @@ from vllm.v1.engine.input_processor import InputProcessor
 
 
 class Eagle3InputProcessor(InputProcessor):
-    """Lets requests with `min_p` and `logit_bias` through while EAGLE-3 speculates on Model Runner V2.
+    """Accepts requests with `min_p` and `logit_bias` while EAGLE-3 speculates on Model Runner V2.
 
-    Upstream answers them with 400 for the V1 runner's sake, which ignores both while speculating. V2 applies
-    them to the target's logits before it verifies, row by row, so its output follows them.
+    Upstream refuses them with status 400, because the V1 runner ignores both while speculating. V2 applies them to
+    the target's logits, row by row, before it verifies.
     """
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
@@ -21,4 +21,4 @@ class Eagle3InputProcessor(InputProcessor):
             and vllm_config.use_v2_model_runner
             and not self.model_config.enable_trace_replay  # also refused through this attribute
         ):
-            self.speculative_config = None  # read by the validation of requests, nothing else
+            self.speculative_config = None  # only the validation of requests reads it

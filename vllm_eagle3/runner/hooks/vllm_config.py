@@ -1,4 +1,4 @@
-"""What happens when a `VllmConfig` is built: the plugin's options are checked, and the cost policy is put in charge."""
+"""Validate the plugin's options and install the policy scheduler when a `VllmConfig` is built."""
 
 from vllm.config.vllm import VllmConfig
 
@@ -8,7 +8,7 @@ _stock_post_init = VllmConfig.__post_init__
 
 
 def post_init(self: VllmConfig) -> None:
-    """Replaces `VllmConfig.__post_init__`: what has to be settled before vLLM derives its CUDA graph sizes.
+    """Replaces `VllmConfig.__post_init__`, because the policy has to act before vLLM derives its CUDA graph sizes.
 
     Raises:
         ValueError: a bad option in `additional_config`.

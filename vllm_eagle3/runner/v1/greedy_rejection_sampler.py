@@ -1,4 +1,4 @@
-"""The V1 runner's rejection sampler with a short way for greedy requests on a CPU."""
+"""The V1 runner's rejection sampler, with a faster path for greedy requests on a CPU."""
 
 from typing import Any
 
@@ -11,10 +11,10 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 
 class GreedyRejectionSampler(RejectionSampler):
-    """Where the argmax of the logits as they are decides everything, computes that and no more.
+    """Computes only the argmax of the logits where that decides every token.
 
     Upstream copies the logits of all rows three times (as fp32, split into verified and bonus rows, cloned for
-    processors) before it takes their argmax; on a CPU that costs more than the argmax.
+    processors) before it takes their argmax. On a CPU the copies cost more than the argmax.
     """
 
     def forward(
@@ -39,7 +39,7 @@ class GreedyRejectionSampler(RejectionSampler):
 
 
 def argmax_decides(sampling: SamplingMetadata) -> bool:
-    """Whether every request is greedy, nothing alters its logits, and nobody asks for logprobs."""
+    """Whether all requests are greedy, nothing alters their logits, and none of them wants logprobs."""
     thinking = sampling.thinking_budget_state_holder
     return (
         sampling.all_greedy
@@ -54,7 +54,7 @@ def argmax_decides(sampling: SamplingMetadata) -> bool:
 
 
 def _idle(processor: Any) -> bool:
-    """Whether a logits processor has nothing to do; one that is not vLLM's own never is."""
+    """Whether a logits processor changes nothing in this step. Only vLLM's own processors can be known not to."""
     if type(processor) is MinTokensLogitsProcessor:
         return not processor.min_toks
     return type(processor) is LogitBiasLogitsProcessor and not processor.biases

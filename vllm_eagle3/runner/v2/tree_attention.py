@@ -1,4 +1,4 @@
-"""Attention backends that read tree masks: vLLM hands them the cache, `kernels` do the maths."""
+"""Attention backends that read tree masks: vLLM hands them the KV cache, and `kernels` compute the attention."""
 
 import copy
 from dataclasses import dataclass
@@ -13,26 +13,26 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend, TritonAttentionImpl
 
 from vllm_eagle3.kernels import path_attention, tree_attention
-from vllm_eagle3.runner.v2.tree_limits import WAY_OUT
+from vllm_eagle3.runner.v2.tree_limits import USE_A_CHAIN
 from vllm_eagle3.tree.mask import TreeMask
 
 
 def select_tree_attention(vllm_config: Any) -> None:
-    """Have the layers that this process builds from now on use tree attention.
+    """Make the layers that this process builds from now on use tree attention.
 
-    The CPU platform ignores the selected backend, so there its only one is overridden.
+    The CPU platform ignores the selected backend, so its only backend is overridden.
 
     Raises:
-        ValueError: another backend was asked for.
+        ValueError: the user chose another backend.
     """
     if current_platform.is_cpu():
         register_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}.TreeCPUAttentionBackend")
     else:
-        asked = vllm_config.attention_config.backend
-        if asked not in (None, AttentionBackendEnum.TRITON_ATTN, AttentionBackendEnum.CUSTOM):
+        chosen = vllm_config.attention_config.backend
+        if chosen not in (None, AttentionBackendEnum.TRITON_ATTN, AttentionBackendEnum.CUSTOM):
             raise ValueError(
-                f"draft trees need this project's attention, which builds on TRITON_ATTN; found the "
-                f"attention backend {asked.name}: leave it out, or {WAY_OUT}"
+                f"attention_config.backend: draft trees need this project's attention, which builds on TRITON_ATTN; "
+                f"expected TRITON_ATTN or no backend, found {chosen.name}. Leave it out, or {USE_A_CHAIN}"
             )
         register_backend(AttentionBackendEnum.CUSTOM, f"{__name__}.TreeTritonAttentionBackend")
         vllm_config.attention_config.backend = AttentionBackendEnum.CUSTOM
@@ -42,7 +42,7 @@ def select_tree_attention(vllm_config: Any) -> None:
 def with_tree(metadata: Any, mask: TreeMask) -> Any:
     """A copy of a layer's attention metadata that carries a tree mask.
 
-    A copy, because target and draft layers may share one object and only the target's may see the mask.
+    Target and draft layers may share one metadata object, and only the target's layers may see the mask.
     """
     masked = copy.copy(metadata)
     masked.tree = mask
@@ -51,10 +51,10 @@ def with_tree(metadata: Any, mask: TreeMask) -> Any:
 
 @dataclass
 class PathMetadata:
-    """Stands in for a draft layer's attention metadata while the nodes of one level are run.
+    """Stands in for a draft layer's attention metadata while the draft runs over the nodes of one level.
 
-    The nodes' keys and values go to scratch, never to the sequence's cache. Level l (from 1) of a tree that
-    expands k nodes a level owns the slots (l - 1) k to l k - 1 of its request's row.
+    The keys and values of nodes go to scratch memory, never to the sequence's cache. In a tree that expands k nodes
+    a level, level l (from 1) owns the slots (l - 1) k to l k - 1 of its request's row.
     """
 
     block_table: torch.Tensor  # int [batch, max_blocks], of the draft layer's cache
@@ -121,7 +121,7 @@ def attend_tree(
 
 
 def refuse_layer(impl: Any) -> None:
-    """Raises ValueError for what tree attention cannot compute; called when a layer is built."""
+    """Raises ValueError if tree attention cannot compute this layer. Called when a layer is built."""
     found = [
         name
         for name, present in (
@@ -131,11 +131,11 @@ def refuse_layer(impl: Any) -> None:
         if present
     ]
     if found:
-        raise ValueError(f"draft trees do not support {', '.join(found)}; {WAY_OUT}")
+        raise ValueError(f"draft trees do not support {', '.join(found)}; {USE_A_CHAIN}")
 
 
 class TreeCPUAttentionBackend(CPUAttentionBackend):
-    """Overrides CPU_ATTN for a whole engine: torch attention on an unpacked cache, with or without trees."""
+    """Overrides CPU_ATTN for a whole engine: torch attention on an unpacked cache, for steps with and without trees."""
 
     @staticmethod
     def get_impl_cls() -> type["TreeCPUAttentionImpl"]:
@@ -143,9 +143,7 @@ class TreeCPUAttentionBackend(CPUAttentionBackend):
 
 
 class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
-    """Keys and values lie unpacked in `[blocks, kv_heads, block_size, 2 * head_dim]`, unlike the stock
-    backend's.
-    """
+    """Keeps keys and values unpacked in `[blocks, kv_heads, block_size, 2 * head_dim]`, unlike vLLM's backend."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -199,7 +197,7 @@ class TreeTritonAttentionBackend(TritonAttentionBackend):
 
 
 class TreeTritonAttentionImpl(TritonAttentionImpl):
-    """The cache is the stock backend's, `[blocks, kv_heads, block_size, 2 * head_dim]`."""
+    """Reads the cache of vLLM's backend, `[blocks, kv_heads, block_size, 2 * head_dim]`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -231,7 +229,7 @@ class TreeTritonAttentionImpl(TritonAttentionImpl):
 
 
 def causal_mask(metadata: Any) -> TreeMask:
-    """Rows outside any tree: each sees its own position and all before it."""
+    """The mask of a batch without trees: each row sees its own position and all positions before it."""
     ends = metadata.query_start_loc[1:].long()
     lens = metadata.query_start_loc.diff().long()
     tokens = metadata.num_actual_tokens

@@ -1,4 +1,4 @@
-"""What a draft tree cannot do yet: refused by name at start-up, or given a chain per request."""
+"""Settings and requests that draft trees do not support: refused at start-up, or served with a chain."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from vllm_eagle3.config import TreeOptions
 from vllm_eagle3.tree.growth import candidates
 
 PLAIN_CACHES = ("auto", "float16", "bfloat16", "float32")
-WAY_OUT = "leave out the option 'tree' to draft a chain"
+USE_A_CHAIN = "leave out the option 'tree' to draft a chain"
 
 
 def refuse_unsupported(vllm_config: Any, tree: TreeOptions) -> None:
@@ -49,11 +49,11 @@ def refuse_unsupported(vllm_config: Any, tree: TreeOptions) -> None:
     }
     found = [name for name, present in unsupported.items() if present]
     if found:
-        raise ValueError(f"draft trees do not support {', '.join(found)}; {WAY_OUT}")
+        raise ValueError(f"draft trees do not support {', '.join(found)}; {USE_A_CHAIN}")
     if not tree.nodes <= spec.num_speculative_tokens <= 62:
         raise ValueError(
-            f"num_speculative_tokens is the most drafts the scheduler makes room for: expected {tree.nodes} "
-            f"(the tree's nodes) to 62, found {spec.num_speculative_tokens}"
+            f"num_speculative_tokens: expected {tree.nodes} (the tree's nodes) to 62, because the scheduler reserves "
+            f"room for that many drafts, found {spec.num_speculative_tokens}"
         )
     most = candidates(tree.depth, tree.topk)
     if tree.nodes > most:
@@ -64,9 +64,9 @@ def refuse_unsupported(vllm_config: Any, tree: TreeOptions) -> None:
 
 
 def needs_chain(params: Any, model_config: Any) -> bool:
-    """Whether a request's sampling depends on the tokens of its path.
+    """Whether a request's sampling depends on the tokens before each row, so that it cannot have a tree.
 
-    vLLM applies these to rows as if each row followed the one before it, which is so in a chain only.
+    vLLM applies these parameters as if each row followed the row before it. That is true only in a chain.
     """
     return params is not None and bool(
         params.repetition_penalty != 1

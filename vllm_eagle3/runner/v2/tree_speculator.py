@@ -18,7 +18,7 @@ from vllm_eagle3.kernels import MOST_LOGITS
 from vllm_eagle3.runner.v2.accepted_rows import accepted_rows
 from vllm_eagle3.runner.v2.speculator import Eagle3Speculator
 from vllm_eagle3.runner.v2.tree_attention import PathMetadata, select_tree_attention
-from vllm_eagle3.runner.v2.tree_limits import WAY_OUT, refuse_unsupported
+from vllm_eagle3.runner.v2.tree_limits import USE_A_CHAIN, refuse_unsupported
 from vllm_eagle3.runner.v2.tree_model_state import TreeModelState
 from vllm_eagle3.runner.v2.tree_state import TreeState
 from vllm_eagle3.tree.growth import Expansion
@@ -27,11 +27,11 @@ from vllm_eagle3.tree.growth import Expansion
 def make_tree_speculator(
     vllm_config: VllmConfig, device: torch.device, options: Eagle3Options
 ) -> "TreeSpeculator":
-    """The speculator of an engine whose option `tree` is set. Call before the model is built: it picks the
-    attention.
+    """The speculator of an engine whose option `tree` is set. To be called before the model is built, because it
+    selects the attention backend.
 
     Raises:
-        ValueError: a setting of this engine that trees do not support; names all of them.
+        ValueError: this engine has settings that trees do not support. The message names all of them.
     """
     assert options.tree is not None
     refuse_unsupported(vllm_config, options.tree)
@@ -42,8 +42,8 @@ def make_tree_speculator(
 class TreeSpeculator(Eagle3Speculator):
     """Grows a tree per request from the target's states along the accepted path.
 
-    The first draft step is the chain's, run on the accepted path only. From its last row the tree grows level
-    by level: one pass of the draft layer over the expanded nodes of all requests, their KV in scratch.
+    The first draft step is that of a chain, run on the accepted path only. From its last row the tree grows level by
+    level: one pass of the draft layer over the expanded nodes of all requests, with their KV in scratch memory.
     """
 
     model: Any  # the draft, vllm_eagle3.model.draft
@@ -55,7 +55,9 @@ class TreeSpeculator(Eagle3Speculator):
             torch.zeros(self.max_num_reqs, tree.topk, device=device),
             torch.zeros(self.max_num_reqs, tree.topk, dtype=torch.int64, device=device),
         )
-        self.chain = torch.zeros(self.max_num_reqs, dtype=torch.bool, device=device)  # requests that get one
+        self.chain = torch.zeros(
+            self.max_num_reqs, dtype=torch.bool, device=device
+        )  # requests that get a chain
         self.parents = torch.zeros(self.max_num_reqs, tree.nodes, dtype=torch.int64, device=device)
         self.growth_graphs: CudaGraphManager | None = None
         self.tree_state: TreeState | None = None  # handed in by set_attn, after memory has been profiled
@@ -64,13 +66,13 @@ class TreeSpeculator(Eagle3Speculator):
         stock = resolve_model_state_cls(self.vllm_config, target_model)
         if stock is not DefaultModelState:
             raise ValueError(
-                f"draft trees do not support targets whose model state is {stock.__name__}; {WAY_OUT}"
+                f"draft trees do not support targets whose model state is {stock.__name__}; {USE_A_CHAIN}"
             )
-        # vLLM's hook, set on the instance.
+        # vLLM asks the target for this hook. It is set on the instance.
         target_model.get_model_state_cls = lambda: TreeModelState  # type: ignore[assignment]
         super().load_model(target_model)
-        # Requests grown together: a level's rows must be no more than the compiled draft takes, and their logits
-        # must fit.
+        # Requests whose trees grow together: the rows of a level must not be more than the compiled draft takes, and
+        # their logits must fit in memory.
         rows = min(self.max_num_tokens, MOST_LOGITS // self.model.draft_config.draft_vocab_size)
         self.group = max(rows // self.tree.topk, 1)
         (self.draft_attn_layer_name,) = self.draft_attn_layer_names
@@ -86,9 +88,9 @@ class TreeSpeculator(Eagle3Speculator):
         self.tree_state = model_state.tree_state
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
-        """The growth of trees goes into CUDA graphs, the whole of it into one per batch size.
+        """Prepare CUDA graphs of the growth: one graph holds all levels for one batch size.
 
-        The first draft step runs eagerly: it has rows of its own, which upstream's capture does not know.
+        The first draft step runs eagerly, because its rows are not those that upstream captures.
         """
         super().init_cudagraph_manager(CUDAGraphMode.NONE)
         full = cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
@@ -103,13 +105,13 @@ class TreeSpeculator(Eagle3Speculator):
         )
 
     def _graph_sizes(self) -> list[int]:
-        """Requests per graph: powers of two, up to what vLLM's largest size holds of a level's rows."""
+        """Requests per graph: powers of two, as long as a level's rows fit in vLLM's largest graph."""
         largest = (self.vllm_config.compilation_config.max_cudagraph_capture_size or 0) // self.tree.topk
         largest = min(largest, self.group, self.max_num_reqs)
         return sorted({largest, *(1 << i for i in range(largest.bit_length()))} - {0})
 
     def capture(self) -> None:
-        """Capture the growth, see init_cudagraph_manager."""
+        """Capture the graphs that init_cudagraph_manager prepared."""
         assert self.growth_graphs is not None
 
         def growth(desc: BatchExecutionDescriptor, warmup: bool) -> Callable[[CUDAGraphMode], None]:
@@ -166,7 +168,7 @@ class TreeSpeculator(Eagle3Speculator):
         return tokens
 
     def sample_draft(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Called by the first draft step with each request's last row: keeps the root's children."""
+        """Keep the root's children. The first draft step calls this with the last row of each request."""
         log_probs, ids = self.model.top_children(hidden_states, self.tree.topk)
         self.root_children[0][: len(ids)] = log_probs
         self.root_children[1][: len(ids)] = ids
@@ -187,7 +189,7 @@ class TreeSpeculator(Eagle3Speculator):
             self._grow_rows(slice(first, min(first + self.group, batch)), nodes, attend)
 
     def _grow_rows(self, at: slice, nodes: int, attend: bool) -> None:
-        """Reads and writes buffers only, and nothing on the host: a CUDA graph may hold it."""
+        """Grow the trees of the requests `at`. Reads and writes buffers and nothing on the host, for CUDA graphs."""
         batch, topk = at.stop - at.start, self.tree.topk
         expansion = Expansion(topk, self.chain[at])
         frontier = expansion.grow(*(children[at, None] for children in self.root_children))
@@ -205,10 +207,10 @@ class TreeSpeculator(Eagle3Speculator):
             states = states.gather(1, parents.expand(-1, -1, states.shape[-1]))
             metadata = prefix and {self.draft_attn_layer_name: PathMetadata(*prefix, paths)}
             positions = (last + level).clamp(max=self.max_model_len - 1).repeat(1, topk)
-            # No slots: the layer writes nothing to the sequence's cache.
+            # Without slots the layer writes nothing to the sequence's cache.
             with set_forward_context(metadata, self.vllm_config, num_tokens=batch * topk, slot_mapping={}):
                 normed, states = self.model(
-                    # The compiled draft was traced with ids of this type and would read others as such.
+                    # The compiled draft was traced with ids of this dtype, and misreads ids of another.
                     input_ids=frontier.tokens.flatten().to(self.input_buffers.input_ids.dtype),
                     positions=positions.flatten(),
                     hidden_states=states.flatten(0, 1),
@@ -227,7 +229,7 @@ class TreeSpeculator(Eagle3Speculator):
         return next(i for i, group in enumerate(groups) if self.draft_attn_layer_name in group.layer_names)
 
     def _path_metadata(self, batch: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """Attention metadata and slots of the draft's layers for the rows of the accepted paths."""
+        """Attention metadata and slots of the draft's layers, for the rows of the accepted paths."""
         slots = self.block_tables.compute_slot_mappings(
             batch.idx_mapping, batch.query_start_loc, batch.positions, batch.num_tokens
         )
