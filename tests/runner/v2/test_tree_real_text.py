@@ -10,7 +10,7 @@ from vllm.sampling_params import StructuredOutputsParams
 
 from vllm_eagle3.evaluation.demo_models import default_pair
 
-PROMPTS = Path(__file__).parents[3] / "data" / "prompts.jsonl"
+PROMPTS = Path(__file__).parents[2] / "data" / "prompts.jsonl"
 EVALUATION = Path(__file__).parents[4] / "shared" / "data" / "eval"  # beside the repository, if at all
 SETTINGS = {
     "skip_tokenizer_init": False,
