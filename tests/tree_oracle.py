@@ -1,6 +1,4 @@
-"""Trees that hold the true continuation among decoys, so that verification is worked hard whatever the
-draft.
-"""
+"""Trees that hold the true continuation among decoys, so that verification is tested whatever the draft proposes."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -13,12 +11,12 @@ import torch
 
 @dataclass
 class Seen:
-    """What the draft's first step and the sampler did, for the test to look at."""
+    """What the draft's first step and the sampler did."""
 
     root_children: dict[tuple[int, int], list[int]] = field(default_factory=dict)
     """Ids of the root's children in the draft, by (request, position of the last accepted token)."""
     texts: dict[int, Sequence[int]] = field(default_factory=dict)
-    """The test may name the text of a request here."""
+    """Texts of further requests, which the test may add."""
     accepted: int = 0
     moved: int = 0
 
@@ -26,9 +24,7 @@ class Seen:
 def random_tree(
     rng: random.Random, true: Sequence[int], nodes: int, depth: int, vocab: int
 ) -> list[tuple[int, int]]:
-    """(token, parent) of `nodes` nodes: part of the true path, decoys, and right tokens under wrong
-    parents.
-    """
+    """(token, parent) of `nodes` nodes: part of the true path, decoys, and right tokens under wrong parents."""
     on_path = sorted(rng.sample(range(1, nodes + 1), rng.randint(0, min(depth, len(true), nodes))))
     tree, depths, last, used = [], [0], 0, {}
     for node in range(1, nodes + 1):

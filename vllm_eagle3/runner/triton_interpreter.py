@@ -171,8 +171,7 @@ class _OneBlockPerRow:
     """Launches a kernel that is blocked over the vocabulary with a single block a row.
 
     An interpreted program takes about the same time whatever its size, so 48 blocks of 1024 take 48 times as long as
-    one block of 64 k. The partial results of the blocks that are not launched are filled with values that lose every
-    reduction.
+    one block of 64 k. The blocks that are not launched get partial results that lose every reduction.
     """
 
     def __init__(self, kernel: Any, vocab_size: str, partial_results: dict[str, float]) -> None:

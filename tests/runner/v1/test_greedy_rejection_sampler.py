@@ -1,4 +1,4 @@
-"""The short way of greedy verification: what upstream's gives, and only where it may be taken (2 s)."""
+"""The greedy rejection sampler: upstream's tokens, and upstream itself for everything but plain argmax (2 s)."""
 
 from dataclasses import replace
 
@@ -65,16 +65,16 @@ def test_the_tokens_are_upstreams(dtype, seed, monkeypatch):
         drafts.append(torch.where(right, own, (own + 1) % VOCAB).tolist())
         at += length + 1
     metadata = step(drafts)
-    upstream, ours = RejectionSampler(Sampler()), GreedyRejectionSampler(Sampler())
+    upstream, greedy_sampler = RejectionSampler(Sampler()), GreedyRejectionSampler(Sampler())
     monkeypatch.setattr(rejection_sampler, "_rejection_greedy_sample", _rejection_greedy_sample_kernel_impl)
     expected = upstream(metadata, None, logits.clone(), greedy(6)).sampled_token_ids
-    monkeypatch.setattr(RejectionSampler, "forward", None)  # the short way has to be the one taken
-    output = ours(metadata, None, logits, greedy(6))
+    monkeypatch.setattr(RejectionSampler, "forward", None)  # upstream must not be called
+    output = greedy_sampler(metadata, None, logits, greedy(6))
     assert torch.equal(output.sampled_token_ids, expected)
     assert output.sampled_token_ids.dtype == expected.dtype and output.logprobs_tensors is None
 
 
-def test_whatever_alters_logits_takes_upstreams_way():
+def test_requests_whose_logits_are_altered_go_to_upstream():
     config = VllmConfig()
     least, bias = (cls(config, CPU, False) for cls in (MinTokensLogitsProcessor, LogitBiasLogitsProcessor))
     plain = greedy(2, [least, bias])
@@ -100,8 +100,8 @@ def test_whatever_alters_logits_takes_upstreams_way():
     assert not argmax_decides(greedy(2, [Other(config, CPU, False)]))
 
 
-def test_synthetic_acceptance_takes_upstreams_way(monkeypatch):
-    ours = GreedyRejectionSampler(Sampler())
-    ours.synthetic_mode = True
+def test_synthetic_acceptance_goes_to_upstream(monkeypatch):
+    sampler = GreedyRejectionSampler(Sampler())
+    sampler.synthetic_mode = True
     monkeypatch.setattr(RejectionSampler, "forward", lambda *args: "upstream")
-    assert ours.forward(step([[1]]), None, torch.zeros(2, VOCAB), greedy(1)) == "upstream"
+    assert sampler.forward(step([[1]]), None, torch.zeros(2, VOCAB), greedy(1)) == "upstream"

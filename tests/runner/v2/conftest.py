@@ -1,8 +1,6 @@
-"""Tests of Model Runner V2. Without a GPU: `EAGLE3_INTERPRET=1 pytest tests/runner/v2`, in a process of its
-own.
+"""Tests of Model Runner V2. Without a GPU: `EAGLE3_INTERPRET=1 pytest tests/runner/v2`, in a process of its own.
 
-vLLM settles once, at import, whether Triton is usable; so V1 and interpreted V2 engines cannot share a
-process.
+vLLM decides once, at import, whether Triton is usable. So V1 engines and interpreted V2 engines cannot share a process.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Our chain on Model Runner V2 (interpreted): text, acceptance, sampled text (60 s)."""
+"""Chains on Model Runner V2, interpreted: text, acceptance, sampled text (60 s)."""
 
 import pytest
 from closed_form import expected_accepted, greedy_text

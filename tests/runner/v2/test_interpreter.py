@@ -1,6 +1,4 @@
-"""Model Runner V2 under Triton's interpreter: closed-form text, plain and speculative; spawned engine core
-(60 s).
-"""
+"""Model Runner V2 under Triton's interpreter: closed-form text, plain and speculative; a spawned core (60 s)."""
 
 import os
 import subprocess
@@ -38,9 +36,7 @@ def test_acceptance_is_as_predicted(engine, closed_form_target, closed_form_draf
 
 @pytest.mark.slow
 def test_spawned_engine_core(closed_form_target):
-    """The platform plugin alone installs the interpreter: in the main process and in a spawned engine
-    core.
-    """
+    """The platform plugin alone installs the interpreter, in the main process and in a spawned engine core."""
     code = f"""
 if __name__ == "__main__":
     from vllm import LLM, SamplingParams

@@ -1,4 +1,4 @@
-"""Policy `auto` on the V2 runner: chains and trees of changing size, down to nothing, change no token (40 s)."""
+"""Policy `auto` on the V2 runner: chains and trees of changing size, zero included, change no token (40 s)."""
 
 import itertools
 
@@ -22,7 +22,7 @@ def policy_of(llm):
 
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch, tmp_path):
-    """Costs learned elsewhere stay out, and these stay in."""
+    """A cost cache of the test's own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 

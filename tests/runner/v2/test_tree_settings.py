@@ -1,4 +1,4 @@
-"""What follows from a tree's size: room for its drafts, and what that room costs (20 s)."""
+"""The drafts and slots that a tree's size makes vLLM reserve, and the log line about them (20 s)."""
 
 import logging
 
@@ -31,7 +31,7 @@ def test_nodes_are_the_drafts_when_nothing_else_is_said(closed_form_target, tmp_
         given(closed_form_target, draft, {})
 
 
-def test_the_log_says_what_the_room_costs(engine, closed_form_target, tmp_path, caplog):
+def test_the_log_says_what_a_tree_reserves(engine, closed_form_target, tmp_path, caplog):
     draft = write_draft(tmp_path / "draft")
     with caplog.at_level(logging.INFO, "vllm.eagle3"):
         logging.getLogger("vllm").propagate = True

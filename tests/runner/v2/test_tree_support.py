@@ -1,4 +1,4 @@
-"""What trees refuse at start-up, by name, and which requests get a chain instead (3 s)."""
+"""Settings that trees refuse at start-up, and requests that get a chain instead of a tree (3 s)."""
 
 from types import SimpleNamespace as Config
 

@@ -48,9 +48,7 @@ class TreeModelState(DefaultModelState):
         kv_cache_config: Any,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Attention metadata, with the tree mask on the target's layers. Runs before the forward, also of
-        a graph.
-        """
+        """Attention metadata, with the tree mask on the target's layers. Runs before every forward, also of a graph."""
         metadata = super().prepare_attn(
             input_batch, cudagraph_mode, block_tables, slot_mappings, attn_groups, kv_cache_config, **kwargs
         )
