@@ -19,7 +19,7 @@ from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 from vllm_eagle3.config import Eagle3Options
 from vllm_eagle3.policy.cost import CostTable
 from vllm_eagle3.policy.policy import NOTHING, Policy, Shape, chains
-from vllm_eagle3.runner import policy_scheduler
+from vllm_eagle3.runner import policy_install, policy_scheduler
 from vllm_eagle3.runner.v1.proposer import Eagle3Proposer
 
 GREEDY = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True, detokenize=False)
@@ -187,7 +187,7 @@ def test_it_leaves_a_table_of_the_users_in_charge(engine, closed_form_target, cl
     ],
 )
 def test_sizes(most, tree, every, sizes):
-    assert policy_scheduler._sizes(most, Eagle3Options(tree=tree), every) == sizes
+    assert policy_install._sizes(most, Eagle3Options(tree=tree), every) == sizes
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_on_a_gpu(given, in_charge, caplog):
     )
     logging.getLogger("vllm").propagate = True
     with caplog.at_level(logging.WARNING, "vllm.eagle3"):
-        assert policy_scheduler.install(config, Eagle3Options()) is in_charge
+        assert policy_install.install(config, Eagle3Options()) is in_charge
     drafts = [size for _, _, size in spec.num_speculative_tokens_per_batch_size or ()]
     assert drafts == ([0, 1, 4][-given.get("max_num_seqs", 8) :] if in_charge else [])
     assert ("policy 'auto' is off" in caplog.text) is not in_charge
@@ -240,7 +240,7 @@ def test_full_graphs_for_every_choice(most, requests):
         num_speculative_tokens=most,
         use_v2_model_runner=True,
     )
-    assert policy_scheduler.install(config, Eagle3Options())
+    assert policy_install.install(config, Eagle3Options())
     graphs.max_cudagraph_capture_size = graphs.cudagraph_capture_sizes[-1]
     manager = object.__new__(CudaGraphManager)
     manager.vllm_config, manager.compilation_config = config, graphs

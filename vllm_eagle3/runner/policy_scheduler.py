@@ -7,10 +7,7 @@ with the step. Here that lookup is the policy. Acceptance and step times are see
 
 from __future__ import annotations
 
-import logging
-import math
 import time
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,88 +24,6 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
-
-logger = logging.getLogger("vllm.eagle3")
-
-SCHEDULER = f"{__name__}.build_scheduler"
-MOST_CAPTURED = 512  # requests in the widest CUDA graph, as vLLM's default
-TREE_SHARES = (0.25, 0.5, 1.0)  # of the tree's nodes
-
-
-def install(vllm_config: VllmConfig, options: Eagle3Options) -> bool:
-    """Put the policy in charge of `vllm_config`. Idempotent. Returns whether it is.
-
-    To be called before vLLM derives its CUDA graph sizes from the config (at the start of
-    `VllmConfig.__post_init__`), in the process that builds the config. Where something else already decides
-    the number of drafts, it is left in charge, with a warning.
-    """
-    spec = vllm_config.speculative_config
-    if options.policy != "auto" or spec is None or spec.method != "eagle3":
-        return False
-    scheduler = vllm_config.scheduler_config
-    if in_charge(vllm_config):
-        return True
-    reason = None
-    if spec.num_speculative_tokens_per_batch_size is not None:
-        reason = "num_speculative_tokens_per_batch_size is given"
-    elif scheduler.scheduler_cls is not None:
-        reason = f"scheduler_cls is {scheduler.scheduler_cls!r}"
-    elif getattr(spec, "enable_adaptive_verification", False):
-        reason = "enable_adaptive_verification is on"
-    elif vllm_config.parallel_config.data_parallel_size > 1:
-        reason = "data-parallel ranks must draft equally much"
-    elif vllm_config.device_config.device_type == "cuda" and not vllm_config.use_v2_model_runner:
-        reason = "the V1 runner has no full CUDA graphs for changing numbers of drafts"
-    if reason is not None:
-        logger.warning("vllm-eagle3: policy 'auto' is off, the number of drafts is fixed: %s", reason)
-        return False
-    scheduler.scheduler_cls = SCHEDULER
-    on_cpu = vllm_config.device_config.device_type == "cpu"
-    sizes = _sizes(spec.num_speculative_tokens, options, every=on_cpu)
-    if not on_cpu:
-        sizes = sizes[-scheduler.max_num_seqs :]  # graphs are captured for as many as there are batch sizes
-        graphs = vllm_config.compilation_config
-        asked = graphs.cudagraph_capture_sizes or graphs.max_cudagraph_capture_size
-        if options.tree is None and asked is None:
-            graphs.cudagraph_capture_sizes = _graph_sizes(sizes, scheduler.max_num_seqs)
-    # One range a size: the runner captures graphs for exactly these, the scheduler reads them as choices.
-    # The widest batch goes with the most drafts, because the range of sizes captured follows from it.
-    spec.num_speculative_tokens_per_batch_size = [
-        (i, i if size != sizes[-1] else max(i, scheduler.max_num_seqs), size)
-        for i, size in enumerate(sizes, 1)
-    ]
-    return True
-
-
-def _sizes(most: int, options: Eagle3Options, every: bool) -> list[int]:
-    """Numbers of drafts a request that the policy may choose, 0 first, `most` last.
-
-    Of chains `every` one, or those whose query lengths, K + 1, divide the longest one (or twice that, if it is odd).
-    """
-    if options.tree is not None:
-        return sorted({0, *(max(round(share * most), 1) for share in TREE_SHARES)})
-    length = most + 1 if most % 2 else 2 * (most + 1)
-    return [k for k in range(most + 1) if every or length % (k + 1) == 0]
-
-
-def _graph_sizes(sizes: list[int], max_num_seqs: int) -> list[int]:
-    """Numbers of tokens to capture CUDA graphs for: multiples of every query length.
-
-    vLLM looks for a full graph only at the next captured number of tokens, whichever query length that was captured
-    for; so all of them have to be captured at each.
-    """
-    lengths = [size + 1 for size in sizes]
-    common = math.lcm(*lengths)
-    requests = min(max_num_seqs, MOST_CAPTURED)
-    widest = [max(requests * length // common, 1) for length in lengths]
-    steps = ((1, 8, 1), (8, 32, 4), (32, 128, 8), (128, 256, 16), (256, max(widest), 32))
-    counts = {*widest, *chain.from_iterable(range(*step) for step in steps)}
-    return [common * count for count in sorted(counts) if count <= max(widest)]
-
-
-def in_charge(vllm_config: VllmConfig) -> bool:
-    """Whether the policy decides how much this engine drafts."""
-    return vllm_config.scheduler_config.scheduler_cls == SCHEDULER
 
 
 def build_scheduler(vllm_config: VllmConfig, **kwargs: Any) -> Scheduler:

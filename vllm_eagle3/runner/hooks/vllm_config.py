@@ -3,6 +3,7 @@
 from vllm.config.vllm import VllmConfig
 
 from vllm_eagle3.config import Eagle3Options
+from vllm_eagle3.runner import policy_install
 
 _stock_post_init = VllmConfig.__post_init__
 
@@ -15,9 +16,5 @@ def post_init(self: VllmConfig) -> None:
     """
     speculative = self.speculative_config
     if speculative is not None and speculative.method == "eagle3":
-        options = Eagle3Options.from_additional_config(self.additional_config)
-        if options.policy == "auto":
-            from vllm_eagle3.runner import policy_scheduler  # imports vLLM's scheduler
-
-            policy_scheduler.install(self, options)
+        policy_install.install(self, Eagle3Options.from_additional_config(self.additional_config))
     _stock_post_init(self)

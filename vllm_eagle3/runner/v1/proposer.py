@@ -15,7 +15,7 @@ from vllm.v1.spec_decode.llm_base_proposer import compute_probs_and_sample_next_
 
 from vllm_eagle3.config import Eagle3Options
 from vllm_eagle3.model.activate import activate
-from vllm_eagle3.runner.policy_scheduler import in_charge
+from vllm_eagle3.runner.policy_install import in_charge
 from vllm_eagle3.runner.startup_log import report
 
 logger = logging.getLogger("vllm.eagle3")
