@@ -157,31 +157,31 @@ def test_chains_that_stop_early_are_worth_what_they_get() -> None:
         sure = int(min(rng.geometric(0.5) - 1, most))
         return min(sure + 1, most), sure + int(sure < most and rng.random() < 0.2)
 
-    def seconds(verified: int, made: int) -> float:
-        return table.step(verified + 1, 1, made) * float(np.exp(rng.normal() * 0.02))
+    def seconds(verified: int, drafted: int) -> float:
+        return table.step(verified + 1, 1, drafted) * float(np.exp(rng.normal() * 0.02))
 
     def fixed(most: int) -> float:
         lengths = [draft(most) if most else (0, 0) for _ in range(4000)]
         return sum(1 + a for _, a in lengths) / sum(seconds(n, n) for n, _ in lengths)
 
-    told, speed = 0, []
+    scheduled, speed = 0, []
     for _ in range(800):
         shape = policy.choose(1)
-        made, accepted_next = draft(shape.nodes) if shape.nodes else (0, 0)
-        took = seconds(verified, made)
+        drafted, accepted_next = draft(shape.nodes) if shape.nodes else (0, 0)
+        took = seconds(verified, drafted)
         speed.append((1 + accepted, took))
-        if told:
-            policy.observe_accepted({"a": (told, accepted)})  # what was not drafted was not accepted
-        if told == shape.nodes:
-            policy.observe_lengths(shape, [made])
-            policy.observe_seconds(1, shape, 0.0, took, verified, made)
-        told, verified, accepted = shape.nodes, made, accepted_next
+        if scheduled:
+            policy.observe_accepted({"a": (scheduled, accepted)})  # what was not drafted was not accepted
+        if scheduled == shape.nodes:
+            policy.observe_lengths(shape, [drafted])
+            policy.observe_seconds(1, shape, 0.0, took, verified, drafted)
+        scheduled, verified, accepted = shape.nodes, drafted, accepted_next
     tokens, took = np.array(speed[200:]).sum(0)
     best = max(fixed(k) for k in range(K_MAX + 1))
     assert tokens / took >= 0.95 * best
-    drafts, steps = policy.made(Shape(5, 5), 1)
+    drafts, steps = policy.expected_drafts(Shape(5, 5), 1)
     assert drafts == steps == pytest.approx(sum(0.5**i for i in range(5)), rel=0.2)
-    drafts_of_8, steps_of_8 = policy.made(Shape(5, 5), 8)
+    drafts_of_8, steps_of_8 = policy.expected_drafts(Shape(5, 5), 8)
     assert drafts_of_8 == pytest.approx(drafts, rel=0.05) and steps_of_8 > 1.5 * steps, "the longest decides"
 
 
@@ -289,11 +289,11 @@ def test_the_budget_knows_which_drafts_were_made() -> None:
         policy.observe_lengths(shape, [5, 5, 1, 1])
         policy.observe_accepted({"a": (5, 4), "b": (5, 5), "c": (5, 0), "d": (5, 0)})
     policy.requests.clear()
-    assert policy.lengths(list("abcd"), shape, made=[5, 1, 5, 1]) == [5, 1, 5, 1]
+    assert policy.lengths(list("abcd"), shape, drafted=[5, 1, 5, 1]) == [5, 1, 5, 1]
     bad = new_policy(TABLES["bad"])
     for _ in range(100):
         bad.observe_accepted({"a": (5, 1), "b": (5, 0)})
-    assert sum(bad.lengths(["a", "b"], shape, made=[5, 3])) < 8, "but what does not hold is cut"
+    assert sum(bad.lengths(["a", "b"], shape, drafted=[5, 3])) < 8, "but what does not hold is cut"
 
 
 def test_acceptance_counts_only_the_requests_that_reached_a_depth() -> None:

@@ -66,7 +66,7 @@ def test_outputs_are_exact_while_the_number_of_drafts_changes_every_step(
     turn = itertools.cycle([0, 4, 1, 0, 0, 3, 2, 4])
     sched.draft_policy.choose = lambda batch, context: sched.draft_policy.by_nodes[next(turn)]
     lengths = itertools.cycle(itertools.permutations([0, 1, 2, 4]))
-    sched.draft_policy.lengths = lambda requests, shape, context, made: [
+    sched.draft_policy.lengths = lambda requests, shape, context, drafted: [
         min(k, shape.nodes) for k in itertools.islice(itertools.cycle(next(lengths)), len(requests))
     ]
     assert token_ids(llm, prompts, GREEDY) == expected
@@ -82,7 +82,7 @@ def test_outputs_are_exact_while_chains_stop_early(engine, tmp_path, monkeypatch
     sched, verified, trusts = scheduler(llm), [], itertools.cycle([[0.9, 0.9], [0.9, 0.1], [0.1, 0.9]])
     count_verified(sched, verified)
     monkeypatch.setattr(sched.draft_policy, "choose", lambda batch, context: sched.draft_policy.by_nodes[6])
-    monkeypatch.setattr(sched.draft_policy, "lengths", lambda requests, shape, context, made: made)
+    monkeypatch.setattr(sched.draft_policy, "lengths", lambda requests, shape, context, drafted: drafted)
     drafter = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.drafter
     sure = type(drafter.model).get_confident_tokens
 
@@ -93,7 +93,7 @@ def test_outputs_are_exact_while_chains_stop_early(engine, tmp_path, monkeypatch
     monkeypatch.setattr(type(drafter.model), "get_confident_tokens", with_trust)
     assert token_ids(llm, prompts, GREEDY) == expected
     assert [3, 2] in verified, "the first request's third draft is the last, the second's its second"
-    drafts, steps = sched.draft_policy.made(Shape(6, 6), 2)
+    drafts, steps = sched.draft_policy.expected_drafts(Shape(6, 6), 2)
     assert 2 < drafts < steps < 4, "the policy knows how far chains get"
 
 

@@ -1,4 +1,4 @@
-"""How many drafts get accepted: estimates per depth, expected tokens, and who deserves the batch's drafts."""
+"""How many drafts get accepted: estimates per depth, expected tokens, and the batch's budget of drafts."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import numpy as np
 
 
 def expected_tokens(rates: Sequence[float], depth: int) -> float:
-    """Tokens a request gains in a step that verifies `depth` drafts: 1 + the sum over them of the probability
-    that they are accepted, which is the product of the conditional `rates` down to there (tau)."""
+    """Tokens a request gains in a step that verifies `depth` drafts (tau).
+
+    That is 1 + the sum over the drafts of their probability of acceptance, which is the product of the conditional
+    `rates` up to and including the draft's depth.
+    """
     tokens = survival = 1.0
     for rate in rates[:depth]:
         survival *= rate
@@ -18,11 +21,11 @@ def expected_tokens(rates: Sequence[float], depth: int) -> float:
 
 
 class Acceptance:
-    """Conditional acceptance per depth, P(draft d accepted | drafts before it accepted), recent steps first.
+    """Conditional acceptance per depth, P(draft d accepted | drafts before it accepted); recent steps count most.
 
-    A depth counts only the requests that reached it. Its prior (worth `weight` observations) is the rate of
-    the depth above: EAGLE-3's acceptance falls slowly with depth, so an unexplored depth looks like its
-    parent and gets tried. Counts fade with the number of observations (`window`), but outlive `min_steps`.
+    A depth counts only the requests that reached it. Its prior (worth `weight` observations) is the rate of the depth
+    before it: EAGLE-3's acceptance falls slowly with depth, so an unexplored depth looks like the one before it and
+    gets tried. Counts decay with the number of observations (`window`), but not faster than over `min_steps` steps.
     """
 
     def __init__(
@@ -36,13 +39,13 @@ class Acceptance:
         self.window, self.min_steps, self.weight = window, min_steps, weight
         self._tried = [0.0] * max_depth
         self._accepted = [0.0] * max_depth
-        if prior is not None and max_depth:  # the first depth's prior fades like observations do
+        if prior is not None and max_depth:  # the prior of the first depth decays as observations do
             self._tried[0], self._accepted[0] = 6.0, 6.0 * prior
 
     def observe(self, drafted: Sequence[int], accepted: Sequence[int], keep: float = 1.0) -> None:
         """One step: how deep each request drafted and how many drafts were accepted.
 
-        keep: at most this share of what was known stays (a probe after a long pause: trust the past less).
+        keep: the largest share of the earlier counts to keep; lower for a probe after a long pause.
         """
         deepest = len(self._tried)
         tried, passed = [0] * deepest, [0] * deepest  # at each depth; plain Python, as it runs in every step
@@ -56,7 +59,7 @@ class Acceptance:
         self._accepted = [keep * old + new for old, new in zip(self._accepted, passed, strict=True)]
 
     def rates(self, like: Sequence[float] = ()) -> list[float]:
-        """Conditional acceptance at depth 1, 2, ..., in [0, 1]. `like` replaces the prior where given."""
+        """Conditional acceptance at depth 1, 2, ..., in [0, 1]. `like` replaces the priors of its depths."""
         out: list[float] = []
         for depth, (tried, accepted) in enumerate(zip(self._tried, self._accepted, strict=True)):
             above = out[-1] if out else accepted / max(tried, 1e-9)
@@ -66,7 +69,7 @@ class Acceptance:
 
 
 def shift_odds(rates: np.ndarray, own: np.ndarray, mean: float) -> np.ndarray:
-    """Global per-depth `rates` moved by the ratio of a request's odds of acceptance to the average odds."""
+    """The batch's per-depth `rates`, with their odds multiplied by a request's odds over the mean odds."""
     eps = 1e-3
     p, q, m = (np.clip(x, eps, 1 - eps) for x in (rates, own, mean))
     odds = p / (1 - p) * (q / (1 - q)) * ((1 - m) / m)
@@ -74,14 +77,15 @@ def shift_odds(rates: np.ndarray, own: np.ndarray, mean: float) -> np.ndarray:
 
 
 def allocate(survivals: np.ndarray, seconds: np.ndarray, margin: float = 0.0) -> np.ndarray:
-    """Batch-wide budget: verify the drafts most likely to survive, as many as raise tokens per second.
+    """How many drafts of each request to verify: the n most likely ones, with the n of the most tokens per second.
 
-    survivals: [requests, depth], non-increasing along depth, so the best n drafts are always prefixes.
-    seconds: [drafts + 1], step time when n drafts are verified in all; of `survivals` that many are drafts, and what
-        is none has to be below 0.
-    margin: everything is verified unless leaving some out is faster by more than this share.
-    Returns [requests] how many drafts to verify for each. The rule of TETRIS (arXiv 2502.15197) with the
-    budget found from the cost.
+    The rule is that of TETRIS (arXiv 2502.15197), with the budget n found from the cost.
+
+    survivals: [requests, depth], probability of acceptance. Non-increasing along depth, so that the best n drafts are
+        always prefixes. Entries for missing drafts must be negative.
+    seconds: [drafts + 1], time of a step that verifies n drafts in all, n from 0 to the number of drafts.
+    margin: all drafts are verified unless verifying fewer is faster by more than this share.
+    Returns [requests], the number of drafts to verify for each.
     """
     requests, depth = survivals.shape
     order = np.argsort(-survivals.ravel(), kind="stable")[: len(seconds) - 1]

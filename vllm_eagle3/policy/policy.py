@@ -1,4 +1,4 @@
-"""How much to draft: the number of drafts a step that gives the most tokens a second, down to none.
+"""How much to draft: the number of drafts a step, zero included, that gives the most tokens a second.
 
 Expected tokens come from measured acceptance, step times from `cost.SeenCost`. Pure Python, no engine.
 """
@@ -18,7 +18,7 @@ from vllm_eagle3.policy.cost import CostTable, SeenCost, bucket
 
 @dataclass(frozen=True)
 class Shape:
-    """What each request drafts: `nodes` drafts, at most `depth` deep, `width` expanded a level (chain: 1)."""
+    """What each request drafts: `nodes` drafts, at most `depth` deep, `width` nodes expanded a level (chain: 1)."""
 
     nodes: int
     depth: int
@@ -43,14 +43,14 @@ def chains(lengths: Iterable[int]) -> tuple[Shape, ...]:
 
 
 class Policy:
-    """Chooses a shape a step for the whole batch.
+    """Chooses one shape a step for the whole batch.
 
-    best():   argmax over the shapes of batch * expected tokens / step time, never more than a smaller batch
-              would get under the same acceptance (more load never drafts more).
-    choose(): best() with hysteresis on the way up, plus probes, paid from `probe_share` of the time: at K = 0
-              a few requests draft the smallest shape in one step now and then (so that drafting can come
-              back), otherwise a
-              neighbouring shape whose cost was not seen lately gets a few steps.
+    `best` is the shape with the highest batch * expected tokens / step time. It is never larger than the best shape of
+    a smaller batch with the same acceptance: more load never drafts more.
+
+    `choose` is `best` with hysteresis on the way up, plus probes that take at most `probe_share` of the time. At K = 0
+    a few requests draft the smallest shape in one step now and then, so that drafting can come back. Otherwise a
+    neighbouring shape whose cost was not seen lately gets a few steps.
     """
 
     TIE = 0.005
@@ -84,11 +84,13 @@ class Policy:
             f: Acceptance(depth, prior if f == first else None)
             for f in sorted({s.family for s in self.shapes})
         }
-        self.going_on = Acceptance(max(depth - 1, 0), prior=1.0)
-        """Not of the target: whether chains go on after each draft, or stop early for want of confidence."""
-        self.requests: dict[str, tuple[float, float]] = {}  # drafts that had their chance, accepted; fading
+        self.continuation = Acceptance(max(depth - 1, 0), prior=1.0)
+        """Whether chains continue after each draft: the draft stops a chain early that it finds improbable."""
+        self.requests: dict[
+            str, tuple[float, float]
+        ] = {}  # drafts tried, drafts accepted; older ones count less
         self._gains: dict[int, float] = {}  # by nodes, until the next observation
-        self._shares: list[float] = []  # see _going_on_shares; until the next observation
+        self._shares: list[float] = []  # of _continuation_shares, until the next observation
         self.current: Shape | None = None
         self._credit: float | None = None  # seconds that probes may cost; the first choice grants two steps
         self._probe: Shape | None = None
@@ -97,10 +99,10 @@ class Policy:
         self._turn = 0  # rotates the probing requests
         self._tries: dict[tuple[int, int], int] = {}
 
-    # -- what is expected
+    # -- Expected tokens and seconds
 
     def rates(self) -> dict[int, list[float]]:
-        """Acceptance per depth of each family; a larger tree is at first taken to be as good as a smaller."""
+        """Acceptance per depth of each family. A tree not seen yet counts as good as the next smaller one."""
         out: dict[int, list[float]] = {}
         below: list[float] = []
         for family, acceptance in self.acceptance.items():
@@ -114,25 +116,27 @@ class Policy:
             self._gains = {s.nodes: expected_tokens(rates[s.family], s.depth) for s in self.shapes}
         return self._gains[shape.nodes]
 
-    def made(self, shape: Shape, batch: int) -> tuple[float, float]:
-        """Drafts that a request told to draft `shape` gets on average, and draft steps of the batch; rounded, so
-        that few sizes are asked for."""
+    def expected_drafts(self, shape: Shape, batch: int) -> tuple[float, float]:
+        """Expected drafts a request and draft steps of the batch with this shape, where chains may stop early.
+
+        Both are rounded, to limit the lookups of cost.
+        """
         if shape.width > 1 or shape.depth < 2:
             return shape.nodes, shape.depth
-        going_on = self._going_on_shares()[: shape.depth - 1]
-        steps = sum(1.0 - (1.0 - share) ** batch for share in going_on)
+        shares = self._continuation_shares()[: shape.depth - 1]
+        steps = sum(1.0 - (1.0 - share) ** batch for share in shares)
         rows = 8 * batch
-        return round(rows + rows * sum(going_on)) / rows, round(8 + 8 * steps) / 8
+        return round(rows + rows * sum(shares)) / rows, round(8 + 8 * steps) / 8
 
-    def _going_on_shares(self) -> list[float]:
-        """Share of chains that go on after 1, 2, ... drafts."""
+    def _continuation_shares(self) -> list[float]:
+        """Share of chains that continue after 1, 2, ... drafts."""
         if not self._shares:
-            self._shares = list(accumulate(self.going_on.rates(), mul))
+            self._shares = list(accumulate(self.continuation.rates(), mul))
         return self._shares
 
     def seconds(self, shape: Shape, batch: int, context: float) -> float:
         """Expected seconds of a step with this shape."""
-        base = self._base(shape, batch, context, *self.made(shape, batch))
+        base = self._base(shape, batch, context, *self.expected_drafts(shape, batch))
         return base * self.cost.correction(batch, shape.nodes)
 
     def _base(self, shape: Shape, batch: int, context: float, verified: float, steps: float) -> float:
@@ -142,7 +146,7 @@ class Policy:
     def best(self, batch: int, context: float = 0.0) -> Shape:
         """The smallest shape within TIE of the most expected tokens per second.
 
-        A larger shape never counts as faster than a smaller one, whatever noise made it look so.
+        A step of a larger shape never counts as shorter than one of a smaller shape, even if noise made it look so.
         """
         gains = np.array([self.gain(s) for s in self.shapes])
         factors = [self.cost.correction(batch, s.nodes) for s in self.shapes]
@@ -150,14 +154,14 @@ class Policy:
         allowed = len(self.shapes)
         for load in sorted(loads):
             seconds = [
-                factor * self._base(shape, load, context, *self.made(shape, load))
+                factor * self._base(shape, load, context, *self.expected_drafts(shape, load))
                 for factor, shape in zip(factors, self.shapes[:allowed], strict=False)
             ]
             speeds = gains[:allowed] / np.maximum.accumulate(seconds)
             allowed = int(np.argmax(speeds >= (1.0 - self.TIE) * speeds.max())) + 1
         return self.shapes[allowed - 1]
 
-    # -- what to do
+    # -- The choice
 
     def choose(self, batch: int, context: float = 0.0) -> Shape:
         """The shape to draft in this step, for `batch` >= 1 requests `context` tokens long on average."""
@@ -188,7 +192,7 @@ class Policy:
         )
 
     def _unexplored(self, batch: int, context: float) -> Shape | None:
-        """With no measured table: each shape a few times per batch bucket, smallest first, while it pays."""
+        """Each shape a few times per batch bucket, the smallest first, while larger shapes are not clearly slower."""
         if self.cost.table.measured:
             return None
         fastest = 0.0
@@ -204,7 +208,7 @@ class Policy:
         return None
 
     def _start_probe(self, batch: int, context: float, now: float) -> None:
-        """Pick the next probe (or none), once the budget covers the worst it can cost."""
+        """Start the next probe, if one is useful and the saved time covers the most that it can cost."""
         assert self.current is not None and self._credit is not None
         self._probe, self.probing = None, False
         at = self.shapes.index(self.current)
@@ -236,10 +240,10 @@ class Policy:
     def _probers(self, batch: int) -> int:
         return -(-batch // self.PROBE_REQUESTS)
 
-    # -- what was seen
+    # -- Observations
 
     def observe_accepted(self, results: Mapping[str, tuple[int, int]]) -> None:
-        """One step's verification: request id -> (nodes verified, drafts accepted); nodes = 0 is ignored."""
+        """One step's verification: request id -> (nodes verified, drafts accepted). 0 nodes are ignored."""
         self._gains = {}
         families: dict[int, list[tuple[int, int]]] = {}
         for request, (nodes, accepted) in results.items():
@@ -255,47 +259,54 @@ class Policy:
             self.acceptance[family].observe([d for d, _ in pairs], [a for _, a in pairs], keep)
 
     def observe_lengths(self, shape: Shape, lengths: Sequence[int]) -> None:
-        """How many drafts the requests of a batch told to draft `shape` got: fewer where chains stopped early."""
+        """How many drafts each request of a batch of this shape got: fewer where chains stopped early."""
         if shape.width == 1 and shape.depth > 1:
             self._shares = []
-            self.going_on.observe([shape.depth - 1] * len(lengths), [max(n - 1, 0) for n in lengths])
+            self.continuation.observe([shape.depth - 1] * len(lengths), [max(n - 1, 0) for n in lengths])
 
     def observe_seconds(
         self, batch: int, shape: Shape, context: float, seconds: float, verified: float, steps: int
     ) -> None:
-        """One pure decode step told to verify and to make `shape` for each of `batch` requests; it really verified
-        `verified` drafts a request, and took `steps` draft steps."""
+        """The time of a step that only decoded, and both verified and drafted `shape` for each of `batch` requests.
+
+        Where chains stopped early, it verified only `verified` drafts a request and took only `steps` draft steps.
+        """
         base = self._base(shape, batch, context, verified, steps)
         self.cost.observe(batch, shape.nodes, base, seconds)
 
     def forget(self, request: str) -> None:
-        """The request is over."""
+        """Drop a finished request."""
         self.requests.pop(request, None)
 
-    # -- who gets the budget
+    # -- The batch's budget
 
     def lengths(
-        self, requests: Sequence[str], shape: Shape, context: float = 0.0, made: Sequence[int] | None = None
+        self,
+        requests: Sequence[str],
+        shape: Shape,
+        context: float = 0.0,
+        drafted: Sequence[int] | None = None,
     ) -> list[int]:
-        """How many of the drafts are worth verifying for each request (of a tree, or of one request: all).
+        """How many drafts of each request to verify. Of trees, and of a single request: all.
 
-        made: how many each has, where chains stopped early.
+        drafted: how many drafts each request has, where chains stopped early.
         """
-        made = [shape.nodes] * len(requests) if made is None else made
+        drafted = [shape.nodes] * len(requests) if drafted is None else drafted
         if self.probing:
             first, few = self._turn, self._probers(len(requests))
-            return [n * ((i - first) % len(requests) < few) for i, n in enumerate(made)]
+            return [n * ((i - first) % len(requests) < few) for i, n in enumerate(drafted)]
         if shape.width > 1 or shape == NOTHING or len(requests) == 1:
-            return list(made)
+            return list(drafted)
         rates = np.array(self.acceptance[0].rates()[: shape.depth])
         mean = float(rates.mean())
         counts = np.array([self.requests.get(r, (0.0, 0.0)) for r in requests])
         own = (counts[:, 1] + self.REQUEST_PRIOR * mean) / (counts[:, 0] + self.REQUEST_PRIOR)
         table = np.cumprod(shift_odds(rates[None, :], own[:, None], mean), axis=1)
-        # Those are chances of being made and accepted: given that they are made, the drafts are better.
-        shares = np.array([1.0, *self._going_on_shares()[: shape.depth - 1]])
+        # So far these are probabilities that a draft is made and accepted. Divided by the probability that it is made,
+        # they are probabilities of acceptance.
+        shares = np.array([1.0, *self._continuation_shares()[: shape.depth - 1]])
         table = np.minimum.accumulate(np.minimum(table / np.maximum(shares, 1e-6), 1.0), axis=1)
-        table[np.arange(shape.depth) >= np.array(made)[:, None]] = -1.0
-        sizes = range(len(requests), len(requests) + sum(made) + 1)
+        table[np.arange(shape.depth) >= np.array(drafted)[:, None]] = -1.0
+        sizes = range(len(requests), len(requests) + sum(drafted) + 1)
         seconds = [self.cost.base(n, len(requests), shape.depth, context) for n in sizes]
         return allocate(table, np.array(seconds), self.hysteresis).tolist()
