@@ -251,7 +251,7 @@ def test_full_graphs_for_every_choice(most, requests):
     manager._init_candidates()
     choices = [size for _, _, size in spec.num_speculative_tokens_per_batch_size]
     common = math.lcm(*(k + 1 for k in choices))
-    requests = min(requests, policy_scheduler.MOST_CAPTURED)
+    requests = min(requests, policy_install.MOST_CAPTURED)
     for length in (k + 1 for k in choices):
         for batch in range(1, requests * length // common * common // length + 1):
             found = manager.dispatch(batch, batch * length, length, 0, length)
