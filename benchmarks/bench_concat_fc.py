@@ -10,16 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from kernel_timing import (
-    ModelShape,
-    Options,
-    Roofline,
-    Variant,
-    copies,
-    normal,
-    run,
-    time_variants,
-)
+from kernel_timing import ModelShape, Options, Roofline, Variant, copies, normal, run, time_variants
 
 from vllm_eagle3.kernels import concat_fc
 

@@ -10,16 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from kernel_timing import (
-    ModelShape,
-    Options,
-    Roofline,
-    Variant,
-    copies,
-    normal,
-    run,
-    time_variants,
-)
+from kernel_timing import ModelShape, Options, Roofline, Variant, copies, normal, run, time_variants
 from torch import Tensor
 
 from vllm_eagle3.kernels import head_topk

@@ -1,4 +1,4 @@
-"""Weight-only fp8 against bf16 for the draft layer's widest product (gate and up) and its head. CUDA only.
+"""Weight-only fp8 against bf16 for the draft's widest product, its head. CUDA only.
 
 python benchmarks/bench_linear_fp8.py --out benchmarks/results/linear_fp8_<device>.json
 """
@@ -9,18 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch.nn.functional as F
-from kernel_timing import (
-    ModelShape,
-    Options,
-    Roofline,
-    Variant,
-    copies,
-    normal,
-    run,
-    time_variants,
-)
+from kernel_timing import ModelShape, Options, Roofline, Variant, copies, normal, run, time_variants
 
-from vllm_eagle3.kernels import head_topk, linear_fp8, quant_fp8
+from vllm_eagle3.kernels import linear_fp8, quant_fp8
 
 
 def bench(model: ModelShape, rows: int, options: Options, roofline: Roofline) -> dict[str, Any]:
@@ -33,8 +24,6 @@ def bench(model: ModelShape, rows: int, options: Options, roofline: Roofline) ->
     variants: dict[str, Variant] = {
         "linear_fp8": lambda i: linear_fp8(x[i], *quantized[i]),
         "linear": lambda i: F.linear(x[i], weights[i]),
-        "head_topk fp8": lambda i: head_topk(x[i], quantized[i][0], 1, weight_scale=quantized[i][1]),
-        "head_topk": lambda i: head_topk(x[i], weights[i], 1),
     }
     return {
         "model": model.name,

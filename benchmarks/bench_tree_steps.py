@@ -11,15 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from kernel_timing import (
-    ModelShape,
-    Options,
-    Roofline,
-    Variant,
-    normal,
-    run,
-    time_variants,
-)
+from kernel_timing import ModelShape, Options, Roofline, Variant, normal, run, time_variants
 
 from vllm_eagle3.kernels import ancestor_bits, commit_kv, kv_table, tree_walk
 

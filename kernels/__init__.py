@@ -9,7 +9,6 @@ from .commit_kv import KVTable, commit_kv, kv_table
 from .concat_fc import concat_fc
 from .head_topk import HeadTopK, head_topk, local_topk, merge_topk
 from .linear_fp8 import linear_fp8, quant_fp8
-from .norm_concat import NormConcat, norm_concat
 from .path_attention import path_attention
 from .topk import MOST_LOGITS, UNLIKELY, finite, top_children, top_k
 from .tree_attention import node_attention, tree_attention
@@ -22,7 +21,6 @@ __all__ = [
     "UNLIKELY",
     "HeadTopK",
     "KVTable",
-    "NormConcat",
     "ancestor_bits",
     "commit_kv",
     "concat_fc",
@@ -33,7 +31,6 @@ __all__ = [
     "local_topk",
     "merge_topk",
     "node_attention",
-    "norm_concat",
     "path_attention",
     "quant_fp8",
     "top_children",

@@ -25,40 +25,34 @@ def concat_fc(
     states: Sequence[Tensor],
     weight: Tensor,
     *,
-    rows: Tensor | None = None,
     norm_weights: Sequence[Tensor] | None = None,
     input_norm: Tensor | None = None,
     eps: float = 1e-6,
     backend: Backend | None = None,
 ) -> Tensor:
-    """Fuse the tapped states: out[m] = weight @ concat_c(f_c(states[c][rows[m]])), shape [n, h].
+    """Fuse the tapped states: out[m] = weight @ concat_c(f_c(states[c][m])), shape [n, h].
 
-    states: tensors [n_s, h_c] of one dtype, rows may be strided; weight [h, sum h_c], same dtype. rows: int
-    [n] row indices, each in 0..n_s-1 (unchecked on CUDA); None takes all rows in order. norm_weights: RMSNorm
-    weights [h_c], one a chunk (checkpoints with `fc_norm`); or input_norm [sum h_c], one RMSNorm over the
-    concatenation (`norm_before_fc`). backend: None for the fastest path of the device, "triton" for the
+    states: tensors [n, h_c] of one dtype, rows may be strided; weight [h, sum h_c], same dtype. norm_weights:
+    RMSNorm weights [h_c], one a chunk (checkpoints with `fc_norm`); or input_norm [sum h_c], one RMSNorm over
+    the concatenation (`norm_before_fc`). backend: None for the fastest path of the device, "triton" for the
     split-K kernel at any number of rows, "torch" for the plain twin.
 
     Raises ValueError on shapes or dtypes that do not fit together.
     """
-    _check(states, weight, rows, norm_weights, input_norm)
-    n = states[0].shape[0] if rows is None else rows.shape[0]
-    chosen = choose_backend(backend, *states, weight, rows, input_norm, *(norm_weights or ()))
-    if chosen == "torch" or (backend is None and n > SPLIT_K_MAX_ROWS):
-        return concat_fc_torch(
-            states, weight, rows=rows, norm_weights=norm_weights, input_norm=input_norm, eps=eps
-        )
+    _check(states, weight, norm_weights, input_norm)
+    chosen = choose_backend(backend, *states, weight, input_norm, *(norm_weights or ()))
+    if chosen == "torch" or (backend is None and len(states[0]) > SPLIT_K_MAX_ROWS):
+        return concat_fc_torch(states, weight, norm_weights=norm_weights, input_norm=input_norm, eps=eps)
     norms = norm_weights
     if input_norm is not None:
         norms = input_norm.split([x.shape[1] for x in states])
-    return skinny_gemm(states, weight, rows=rows, norms=norms, whole=input_norm is not None, eps=eps)
+    return skinny_gemm(states, weight, norms=norms, whole=input_norm is not None, eps=eps)
 
 
 def concat_fc_torch(
     states: Sequence[Tensor],
     weight: Tensor,
     *,
-    rows: Tensor | None = None,
     norm_weights: Sequence[Tensor] | None = None,
     input_norm: Tensor | None = None,
     eps: float = 1e-6,
@@ -68,8 +62,6 @@ def concat_fc_torch(
     One product over the concatenation: on a CPU three partial products (addmm) took 9 to 44 % longer in bf16,
     and from 11 % less to 5 % more in fp32 (medians, benchmarks/results/concat_fc_cpu_*.json).
     """
-    if rows is not None:
-        states = [x[rows] for x in states]
     if norm_weights is not None:
         states = [F.rms_norm(x, w.shape, w, eps) for x, w in zip(states, norm_weights, strict=True)]
     x = torch.cat(list(states), dim=-1)
@@ -81,7 +73,6 @@ def concat_fc_torch(
 def _check(
     states: Sequence[Tensor],
     weight: Tensor,
-    rows: Tensor | None,
     norm_weights: Sequence[Tensor] | None,
     input_norm: Tensor | None,
 ) -> None:
@@ -101,8 +92,6 @@ def _check(
         )
     if weight.stride(1) != 1:
         raise ValueError(f"columns of weight must be adjacent in memory, found strides {weight.stride()}")
-    if rows is not None and (rows.dim() != 1 or rows.dtype not in (torch.int32, torch.int64)):
-        raise ValueError(f"rows must be a 1-D int32 or int64 tensor, found {rows.dtype} {tuple(rows.shape)}")
     if norm_weights is not None and input_norm is not None:
         raise ValueError("give norm_weights (one a chunk) or input_norm (over all chunks), not both")
     if norm_weights is not None and [w.numel() for w in norm_weights] != widths:

@@ -52,10 +52,17 @@ def _finite_or_zero(m):
 
 
 @triton.jit
-def _block_topk_kernel(x_ptr, x_stride, weight_ptr, weight_stride, scale_ptr, keys_ptr, lse_ptr, n, vocab, h,
-                       vocab_start, logit_scale, K: tl.constexpr, HAS_SCALE: tl.constexpr,
-                       EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
-                       BLOCK_K: tl.constexpr):  # fmt: skip
+def _block_topk_kernel(
+    x_ptr, x_stride,
+    weight_ptr, weight_stride,
+    keys_ptr, lse_ptr,
+    n, vocab, h, vocab_start, logit_scale,
+    K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """keys[m, block, :K] and lse[m, block] of BLOCK_V vocabulary rows; W is read once per BLOCK_M rows."""
     block = tl.program_id(1)
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -77,8 +84,6 @@ def _block_topk_kernel(x_ptr, x_stride, weight_ptr, weight_stride, scale_ptr, ke
         w = tl.load(w_rows + cols[None, :], mask=w_mask, other=0.0)
         x = tl.load(x_rows + cols[:, None], mask=x_mask, other=0.0)
         acc = tl.dot(w.to(x.dtype), x, acc, input_precision="ieee")
-    if HAS_SCALE:
-        acc *= tl.load(scale_ptr + offs_v, mask=v_ok, other=0.0)[:, None]
     # Rows beyond the vocabulary get -inf and the highest ids: every true row comes before them.
     logits = tl.where(v_ok[:, None], acc * logit_scale, float("-inf"))
 
@@ -142,21 +147,20 @@ def head_topk(
     *,
     d2t: Tensor | None = None,
     logit_scale: float = 1.0,
-    weight_scale: Tensor | None = None,
     backend: Backend | None = None,
 ) -> HeadTopK:
     """Top-k of logit_scale * x @ weight^T in the draft vocabulary, mapped to target ids.
 
-    x [n, h]; weight [V, h] of x's dtype, or float8_e4m3fn with weight_scale [V] fp32 (`quant_fp8`); d2t int64
-    [V] offsets (None: draft and target vocabularies agree); 1 <= k <= min(V, 64). Ties go to the lowest draft
-    id. On CUDA logits are fp32 sums; the CPU path rounds them to x's dtype, as its matrix product does.
+    x [n, h]; weight [V, h] of x's dtype; d2t int64 [V] offsets (None: draft and target vocabularies agree);
+    1 <= k <= min(V, 64). Ties go to the lowest draft id. On CUDA logits are fp32 sums; the CPU path rounds
+    them to x's dtype, as its matrix product does.
     Raises ValueError on arguments that do not fit together.
     """
     if d2t is not None and (tuple(d2t.shape) != (weight.shape[0],) or d2t.dtype != torch.int64):
         raise ValueError(f"d2t must be int64 [{weight.shape[0]}], found {d2t.dtype} {tuple(d2t.shape)}")
     if not 1 <= k <= weight.shape[0]:
         raise ValueError(f"k must be in 1..{weight.shape[0]} (the draft vocabulary), found {k}")
-    return _head(x, weight, k, 0, logit_scale, weight_scale, d2t, backend)
+    return _head(x, weight, k, 0, logit_scale, d2t, backend)
 
 
 def local_topk(
@@ -166,7 +170,6 @@ def local_topk(
     *,
     vocab_start: int,
     logit_scale: float = 1.0,
-    weight_scale: Tensor | None = None,
     backend: Backend | None = None,
 ) -> HeadTopK:
     """Top-k over one rank's rows of the head, weight [V_rank, h], which start at draft id vocab_start.
@@ -174,7 +177,7 @@ def local_topk(
     As `head_topk` without d2t: ids are draft ids of the whole vocabulary. A rank with V_rank < k rows returns
     V_rank columns; pad them with logits of -inf to gather across ranks.
     """
-    return _head(x, weight, min(k, weight.shape[0]), vocab_start, logit_scale, weight_scale, None, backend)
+    return _head(x, weight, min(k, weight.shape[0]), vocab_start, logit_scale, None, backend)
 
 
 def merge_topk(
@@ -215,17 +218,15 @@ def _head(
     k: int,
     vocab_start: int,
     logit_scale: float,
-    weight_scale: Tensor | None,
     d2t: Tensor | None,
     backend: Backend | None,
 ) -> HeadTopK:
-    _check(x, weight, k, weight_scale)
+    _check(x, weight, k)
     n, (vocab, h) = x.shape[0], weight.shape
     assert vocab_start + vocab < 2**31, "ids fill 31 bits of a key"
-    if choose_backend(backend, x, weight, d2t, weight_scale) == "torch":
-        return _head_torch(x, weight, k, vocab_start, logit_scale, weight_scale, d2t)
+    if choose_backend(backend, x, weight, d2t) == "torch":
+        return _head_torch(x, weight, k, vocab_start, logit_scale, d2t)
     assert x.stride(1) == 1 and weight.stride(1) == 1, "columns of x and weight: adjacent"
-    assert weight_scale is None or weight_scale.is_contiguous()
     block_m = min(max(next_power_of_2(n), 16), 64)
     block_v = 128 if block_m == 16 else 64
     block_k = 128 if h >= 1024 and x.dtype != torch.float32 else 64
@@ -234,9 +235,9 @@ def _head(
     lse = torch.empty(n, blocks, dtype=torch.float32, device=x.device)
     if lse.numel() > 0:
         _block_topk_kernel[(cdiv(n, block_m), blocks)](
-            x, row_stride(x), weight, weight.stride(0), weight_scale, keys, lse, n, vocab, h, vocab_start,
-            logit_scale, K=k, HAS_SCALE=weight_scale is not None, EVEN_K=h % block_k == 0,
-            BLOCK_M=block_m, BLOCK_V=block_v, BLOCK_K=block_k, num_warps=4, num_stages=3,
+            x, row_stride(x), weight, weight.stride(0), keys, lse, n, vocab, h, vocab_start, logit_scale,
+            K=k, EVEN_K=h % block_k == 0, BLOCK_M=block_m, BLOCK_V=block_v, BLOCK_K=block_k,
+            num_warps=4, num_stages=3,
         )  # fmt: skip
     return _merge(keys, lse, k, d2t)
 
@@ -247,13 +248,10 @@ def _head_torch(
     k: int,
     vocab_start: int,
     logit_scale: float,
-    weight_scale: Tensor | None,
     d2t: Tensor | None,
 ) -> HeadTopK:
     """Plain-torch twin of the head, and its CPU path: logits of the draft vocabulary, nothing wider."""
-    logits = F.linear(x, weight.to(x.dtype)).float()
-    if weight_scale is not None:
-        logits *= weight_scale
+    logits = F.linear(x, weight).float()
     if logit_scale != 1.0:
         logits *= logit_scale
     lse = logits.logsumexp(dim=-1)
@@ -286,20 +284,12 @@ def _merge(keys: Tensor, lse: Tensor, k: int, d2t: Tensor | None) -> HeadTopK:
     return HeadTopK(ids, draft_ids, logits, out_lse)
 
 
-def _check(x: Tensor, weight: Tensor, k: int, weight_scale: Tensor | None) -> None:
+def _check(x: Tensor, weight: Tensor, k: int) -> None:
     if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
         raise ValueError(
             f"x must be [n, h] and weight [V, h], found {tuple(x.shape)} and {tuple(weight.shape)}"
         )
     if k > MAX_K:
         raise ValueError(f"k must be at most {MAX_K}, found {k}")
-    if weight_scale is None and weight.dtype != x.dtype:
-        raise ValueError(
-            f"x and weight must share a dtype without weight_scale, found {x.dtype} and {weight.dtype}"
-        )
-    if weight_scale is not None and (
-        tuple(weight_scale.shape) != (weight.shape[0],) or weight_scale.dtype != torch.float32
-    ):
-        raise ValueError(
-            f"weight_scale must be fp32 [{weight.shape[0]}], found {weight_scale.dtype} {weight_scale.shape}"
-        )
+    if weight.dtype != x.dtype:
+        raise ValueError(f"x and weight must share a dtype, found {x.dtype} and {weight.dtype}")

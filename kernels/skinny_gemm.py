@@ -1,6 +1,6 @@
 """Split-K product of few rows with a streamed weight: the GEMM under `concat_fc` and `linear_fp8`.
 
-    out[m, :] = scale * sum_c W[:, c] @ f_c(x_c[rows[m]])      f_c: nothing, or RMSNorm
+    out[m, :] = scale * sum_c W[:, c] @ f_c(x_c[m])      f_c: nothing, or RMSNorm
 
 Below about 64 rows the product is bound by reading W once. Each program takes a tile of output columns and
 one share of one chunk's inner dimension, so that even a narrow W keeps the whole GPU reading; partial sums go
@@ -47,20 +47,22 @@ def split_k_config(n: int, h: int, widths: Sequence[int], sms: int, fp32: bool =
 
 
 @triton.jit
-def _rstd_kernel(x_ptrs, x_strides, widths, rows_ptr, rstd_ptr, n_chunks: tl.constexpr, eps,
-                 HAS_ROWS: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """rstd[m, c] = 1 / sqrt(mean(x_c[rows[m]]^2) + eps), the mean over chunk c or (WHOLE) over all chunks."""
-    m = tl.program_id(0)
-    row = m.to(tl.int64)
-    if HAS_ROWS:
-        row = tl.load(rows_ptr + m).to(tl.int64)
+def _rstd_kernel(
+    x_ptrs, x_strides, widths,
+    rstd_ptr,
+    n_chunks: tl.constexpr, eps,
+    WHOLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """rstd[m, c] = 1 / sqrt(mean(x_c[m]^2) + eps), the mean over chunk c or (WHOLE) over all chunks."""
+    m = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, BLOCK)
     whole_sum = 0.0
     whole_width = 0
     for c in tl.static_range(n_chunks):
         acc = tl.zeros((BLOCK,), tl.float32)
         for k in range(0, widths[c], BLOCK):
-            x = tl.load(x_ptrs[c] + row * x_strides[c] + k + offs, mask=k + offs < widths[c], other=0.0)
+            x = tl.load(x_ptrs[c] + m * x_strides[c] + k + offs, mask=k + offs < widths[c], other=0.0)
             x = x.to(tl.float32)
             acc += x * x
         square_sum = tl.sum(acc, 0)
@@ -75,11 +77,21 @@ def _rstd_kernel(x_ptrs, x_strides, widths, rows_ptr, rstd_ptr, n_chunks: tl.con
 
 
 @triton.jit
-def _split_k_kernel(x_ptrs, x_strides, widths, weight_ptr, weight_stride, rows_ptr, rstd_ptr, norm_ptrs,
-                    partial_ptr, n, h, n_chunks: tl.constexpr, SPLITS: tl.constexpr, HAS_ROWS: tl.constexpr,
-                    HAS_NORM: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr,
-                    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
-    """partial[share, m, j] = sum over the share's columns k of W[j, start_c + k] * f_c(x_c[rows[m], k])."""
+def _split_k_kernel(
+    x_ptrs, x_strides, widths,
+    weight_ptr, weight_stride,
+    rstd_ptr, norm_ptrs,
+    partial_ptr,
+    n, h,
+    n_chunks: tl.constexpr,
+    SPLITS: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """partial[share, m, j] = sum over the share's columns k of W[j, start_c + k] * f_c(x_c[m, k])."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     share = tl.program_id(2)
@@ -96,16 +108,12 @@ def _split_k_kernel(x_ptrs, x_strides, widths, weight_ptr, weight_stride, rows_p
             x_ptr = x_ptrs[c]
             x_stride = x_strides[c]
             width = widths[c]
-        start += widths[c - 1] * (chunk >= c).to(
-            tl.int32
-        )  # arithmetic, so that 16-byte alignment stays provable
+        # Arithmetic instead of a branch, so that the compiler can still prove 16-byte alignment.
+        start += widths[c - 1] * (chunk >= c).to(tl.int32)
     k_share = tl.cdiv(tl.cdiv(width, SPLITS), BLOCK_K) * BLOCK_K
     k_begin = (share % SPLITS) * k_share
     k_end = tl.minimum(k_begin + k_share, width)
 
-    row = offs_m.to(tl.int64)
-    if HAS_ROWS:
-        row = tl.load(rows_ptr + offs_m, mask=m_ok, other=0).to(tl.int64)
     if HAS_NORM:
         norm_ptr = norm_ptrs[0]
         for c in tl.static_range(1, n_chunks):
@@ -113,7 +121,7 @@ def _split_k_kernel(x_ptrs, x_strides, widths, weight_ptr, weight_stride, rows_p
                 norm_ptr = norm_ptrs[c]
         rstd = tl.load(rstd_ptr + offs_m * n_chunks + chunk, mask=m_ok, other=0.0)
     offs_k = tl.arange(0, BLOCK_K)
-    x_rows = x_ptr + row[None, :] * x_stride
+    x_rows = x_ptr + offs_m.to(tl.int64)[None, :] * x_stride
     w_rows = weight_ptr + offs_n.to(tl.int64)[:, None] * weight_stride + start
 
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -136,8 +144,14 @@ def _split_k_kernel(x_ptrs, x_strides, widths, weight_ptr, weight_stride, rows_p
 
 
 @triton.jit
-def _reduce_kernel(partial_ptr, share_stride, scale_ptr, out_ptr, h, n_shares, HAS_SCALE: tl.constexpr,
-                   BLOCK: tl.constexpr):  # fmt: skip
+def _reduce_kernel(
+    partial_ptr, share_stride,
+    scale_ptr,
+    out_ptr,
+    h, n_shares,
+    HAS_SCALE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     """out[m, j] = scale[j] * sum over shares of partial[share, m, j], added in the order of the shares."""
     m = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -156,21 +170,20 @@ def skinny_gemm(
     states: Sequence[Tensor],
     weight: Tensor,
     *,
-    rows: Tensor | None = None,
     norms: Sequence[Tensor] | None = None,
     whole: bool = False,
     eps: float = 1e-6,
     scale: Tensor | None = None,
 ) -> Tensor:
-    """Launch the split-K product: states [n_i, h_c] each, weight [h, sum h_c] -> [n, h] in the states' dtype.
+    """Launch the split-K product: states [n, h_c] each, weight [h, sum h_c] -> [n, h] in the states' dtype.
 
-    rows [n] picks rows of every state; norms are one RMSNorm weight [h_c] a chunk, with one statistic over
-    all chunks if `whole`; scale [h] fp32 multiplies output columns (fp8 weights). Arguments are checked by
-    the public functions; only what the kernels assume about memory is asserted here.
+    norms are one RMSNorm weight [h_c] a chunk, with one statistic over all chunks if `whole`; scale [h] fp32
+    multiplies output columns (fp8 weights). Arguments are checked by the public functions; only what the
+    kernels assume about memory is asserted here.
     """
     x0, h = states[0], weight.shape[0]
     widths = tuple(x.shape[1] for x in states)
-    n = x0.shape[0] if rows is None else rows.shape[0]
+    n = x0.shape[0]
     assert all(x.stride(1) == 1 and x.dtype == x0.dtype for x in states), (
         "states: one dtype, columns adjacent"
     )
@@ -180,7 +193,6 @@ def skinny_gemm(
     assert weight.dtype == x0.dtype or scale is not None, (
         "weight of another dtype than the states needs a scale"
     )
-    assert rows is None or rows.stride(0) == 1 or n == 1, "rows: contiguous"
     assert norms is None or all(w.is_contiguous() for w in norms), "norms: contiguous"
     assert scale is None or (scale.is_contiguous() and scale.dtype == torch.float32), (
         "scale: contiguous, fp32"
@@ -197,24 +209,15 @@ def skinny_gemm(
     if norms is not None:
         rstd = torch.empty(n, n_chunks, dtype=torch.float32, device=x0.device)
         _rstd_kernel[(n,)](
-            tuple(states), x_strides, widths, rows, rstd, n_chunks, eps,
-            HAS_ROWS=rows is not None, WHOLE=whole, BLOCK=1024, num_warps=4,
+            tuple(states), x_strides, widths, rstd, n_chunks, eps, WHOLE=whole, BLOCK=1024, num_warps=4,
         )  # fmt: skip
     _split_k_kernel[(cdiv(n, cfg.block_m), cdiv(h, cfg.block_n), shares)](
-        tuple(states), x_strides, widths, weight, weight.stride(0), rows, rstd, tuple(norms or states),
-        partial, n, h, n_chunks, SPLITS=cfg.splits, HAS_ROWS=rows is not None, HAS_NORM=norms is not None,
+        tuple(states), x_strides, widths, weight, weight.stride(0), rstd, tuple(norms or states),
+        partial, n, h, n_chunks, SPLITS=cfg.splits, HAS_NORM=norms is not None,
         EVEN_K=all(w % cfg.block_k == 0 for w in widths), BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n,
         BLOCK_K=cfg.block_k, num_warps=cfg.num_warps, num_stages=cfg.num_stages,
     )  # fmt: skip
     _reduce_kernel[(n, cdiv(h, 1024))](
-        partial,
-        partial.stride(0),
-        scale,
-        out,
-        h,
-        shares,
-        HAS_SCALE=scale is not None,
-        BLOCK=1024,
-        num_warps=4,
-    )
+        partial, partial.stride(0), scale, out, h, shares, HAS_SCALE=scale is not None, BLOCK=1024, num_warps=4,
+    )  # fmt: skip
     return out

@@ -5,11 +5,11 @@ dtype or runner. Draft: computes the same from the embedding of its input token 
 temperature), except where it is told to be wrong.
 """
 
-import json
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from llama_files import llama_config, save_checkpoint
 
 VOCAB = 512
 HIDDEN = VOCAB  # one-hot embeddings
@@ -49,36 +49,17 @@ def _successor_matrix() -> torch.Tensor:
     return matrix
 
 
-def _config(heads: int, kv_heads: int, **extra: object) -> dict[str, object]:
-    return {
-        "model_type": "llama",
-        "hidden_size": HIDDEN,
-        "intermediate_size": HIDDEN,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": HEAD_DIM,
-        "vocab_size": VOCAB,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
-        "max_position_embeddings": 2048,
-        "rope_theta": 10000.0,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "attention_bias": False,
-        "mlp_bias": False,
+def _config(heads: int, kv_heads: int, **extra: Any) -> dict[str, Any]:
+    return llama_config(
+        hidden_size=HIDDEN,
+        intermediate_size=HIDDEN,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=HEAD_DIM,
+        vocab_size=VOCAB,
+        torch_dtype="bfloat16",
         **extra,
-    }
-
-
-def _save(folder: Path, config: dict[str, object], weights: dict[str, torch.Tensor]) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
-    save_file(
-        {k: w.to(torch.bfloat16).contiguous() for k, w in weights.items()}, folder / "model.safetensors"
     )
-    return folder
 
 
 def write_target(folder: Path, scale: float = 20.0) -> Path:
@@ -111,7 +92,7 @@ def write_target(folder: Path, scale: float = 20.0) -> Path:
             prefix + "mlp.down_proj.weight": torch.zeros(HIDDEN, HIDDEN),
         }
     config = _config(heads, kv_heads, architectures=["LlamaForCausalLM"], num_hidden_layers=LAYERS)
-    return _save(folder, config, weights)
+    return save_checkpoint(folder, config, weights)
 
 
 def write_draft(folder: Path, wrong_every: int = 5, scale: float = 20.0, second_best: float = 0.0) -> Path:
@@ -157,4 +138,4 @@ def write_draft(folder: Path, wrong_every: int = 5, scale: float = 20.0, second_
         draft_vocab_size=VOCAB,
         eagle_aux_hidden_state_layer_ids=list(AUX_LAYERS),
     )
-    return _save(folder, config, weights)
+    return save_checkpoint(folder, config, weights)

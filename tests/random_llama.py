@@ -1,42 +1,25 @@
 """Random-weight targets whose attention matters, and random or broken EAGLE-3 drafts for them."""
 
-import json
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from llama_files import llama_config, save_checkpoint
 
 HIDDEN, HEAD_DIM, HEADS, KV_HEADS, INTERMEDIATE, LAYERS = 128, 32, 4, 2, 256, 4
 
 
-def _config(vocab: int, **extra: object) -> dict[str, object]:
-    return {
-        "model_type": "llama",
-        "hidden_size": HIDDEN,
-        "intermediate_size": INTERMEDIATE,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
-        "head_dim": HEAD_DIM,
-        "vocab_size": vocab,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
-        "max_position_embeddings": 2048,
-        "rope_theta": 10000.0,
-        "tie_word_embeddings": False,
-        "torch_dtype": "float32",
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "attention_bias": False,
-        "mlp_bias": False,
+def _config(vocab: int, **extra: Any) -> dict[str, Any]:
+    return llama_config(
+        hidden_size=HIDDEN,
+        intermediate_size=INTERMEDIATE,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        vocab_size=vocab,
+        torch_dtype="float32",
         **extra,
-    }
-
-
-def _save(folder: Path, config: dict[str, object], weights: dict[str, torch.Tensor]) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file({name: w.contiguous() for name, w in weights.items()}, folder / "model.safetensors")
-    return folder
+    )
 
 
 def _matrix(rows: int, columns: int, gain: float = 1.0) -> torch.Tensor:
@@ -68,7 +51,7 @@ def write_target(folder: Path, vocab: int = 512, seed: int = 0, gain: float = 3.
     for layer in range(LAYERS):
         weights |= _layer(f"model.layers.{layer}.", HIDDEN)
     config = _config(vocab, architectures=["LlamaForCausalLM"], num_hidden_layers=LAYERS)
-    return _save(folder, config, weights)
+    return save_checkpoint(folder, config, weights)
 
 
 def write_draft(folder: Path, vocab: int = 512, seed: int = 1, fill: float | None = None) -> Path:
@@ -89,4 +72,4 @@ def write_draft(folder: Path, vocab: int = 512, seed: int = 1, fill: float | Non
         draft_vocab_size=vocab,
         eagle_aux_hidden_state_layer_ids=[1, 2, 4],
     )
-    return _save(folder, config, weights)
+    return save_checkpoint(folder, config, weights)

@@ -82,7 +82,7 @@ def target() -> tuple[str, ...]:
 
 def stages() -> list[Stage]:
     """All stages, most valuable first."""
-    kernels = ("concat_fc", "norm_concat", "head_topk", "tree_steps", "linear_fp8")
+    kernels = ("concat_fc", "head_topk", "tree_steps", "linear_fp8")
     tiny = ("--limit", "2", "--max-tokens", "8", "--enforce-eager")
     modes = ("--modes", "none,native,chain,tree")
     doctor = (*CLI, "doctor")

@@ -192,17 +192,10 @@ def launches_of_8b_shapes() -> dict[str, Callable[[], object]]:
     calls: dict[str, Callable[[], object]] = {
         "fc_1": lambda: fc(1),
         "fc_64": lambda: fc(64),
-        "fc_rows_norm_32": lambda: fc(32, rows=of(32, dtype=i64), norm_weights=[row] * 3),
+        "fc_norm_32": lambda: fc(32, norm_weights=[row] * 3),
         "fc_fp32": lambda: fc(64, fp32),
-        "norm_concat": lambda: k.norm_concat(
-            of(vocab, h), of(9, h), row, row, ids=of(8, dtype=i64), g_rows=of(8, dtype=i64),
-            norm_before_residual=True, backend="triton",
-        ),
         "head_1": lambda: k.head_topk(of(1, h), head, 1, d2t=d2t, backend="triton"),
         "head_top10_64": lambda: k.head_topk(of(64, h), head, 10, d2t=d2t, backend="triton"),
-        "head_fp8": lambda: k.head_topk(
-            of(8, h), of(vocab, h, dtype=fp8), 10, weight_scale=of(vocab, dtype=fp32), backend="triton"
-        ),
         "linear_fp8": lambda: k.linear_fp8(
             of(8, h), of(h, h, dtype=fp8), of(h, dtype=fp32), backend="triton"
         ),

@@ -18,7 +18,6 @@ from vllm_eagle3 import kernels as k
 assert not k.HAS_TRITON
 x, w = torch.randn(2, 8), torch.randn(6, 16)
 assert k.concat_fc([x, x], w).shape == (2, 6)
-assert k.norm_concat(x, x, x[0], x[0]).x.shape == (2, 16)
 assert k.head_topk(x, torch.randn(9, 8), 3).ids.shape == (2, 3)
 tree = torch.tensor([[0, 0, 1]])
 assert k.tree_walk(tree, tree, tree)[1].shape == (1,)

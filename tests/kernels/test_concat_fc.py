@@ -15,9 +15,7 @@ BACKENDS = ["triton", "torch"]
 EPS = 1e-5
 
 
-def expected_fc(states, weight, rows=None, norm_weights=None, input_norm=None):
-    if rows is not None:
-        states = [x[rows.long()] for x in states]
+def expected_fc(states, weight, norm_weights=None, input_norm=None):
     if norm_weights is not None:
         states = [rms_norm64(x, w, EPS) for x, w in zip(states, norm_weights, strict=True)]
     x = torch.cat([x.double() for x in states], 1)
@@ -35,17 +33,16 @@ def make(n, h, widths, dtype, device):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("norm", ["none", "per_chunk", "whole"])
-def test_odd_sizes_norms_and_gather(backend, dtype, norm, device):
+def test_odd_sizes_and_norms(backend, dtype, norm, device):
     widths = (5, 123, 577)
     states, weight = make(7, 123, widths, dtype, device)
     w = 1 + randn(sum(widths), dtype=dtype, device=device, seed=5) / 4
     extra = {"none": {}, "per_chunk": {"norm_weights": list(w.split(widths))}, "whole": {"input_norm": w}}[
         norm
     ]
-    rows = torch.tensor([6, 0, 0, 3, 5], dtype=torch.int32, device=device)
-    out = concat_fc(states, weight, rows=rows, eps=EPS, backend=backend, **extra)
+    out = concat_fc(states, weight, eps=EPS, backend=backend, **extra)
     assert out.dtype == dtype
-    assert_near(out, expected_fc(states, weight, rows, **extra))
+    assert_near(out, expected_fc(states, weight, **extra))
 
 
 @pytest.mark.parametrize("n", [0, 1, 16, 17, 33, 65])
@@ -140,7 +137,5 @@ def test_bad_arguments_name_what_was_found():
         concat_fc(states, weight, norm_weights=[weight[0, :6], weight[0, :10]], input_norm=weight[0])
     with pytest.raises(ValueError, match=r"sizes \[6, 10\], found \[6, 9\]"):
         concat_fc(states, weight, norm_weights=[weight[0, :6], weight[0, :9]])
-    with pytest.raises(ValueError, match="int32 or int64"):
-        concat_fc(states, weight, rows=torch.zeros(2))
     with pytest.raises(ValueError, match="backend must be"):
         concat_fc(states, weight, backend="cuda")
