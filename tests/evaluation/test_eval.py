@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import subprocess
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,9 @@ from vllm_eagle3.config import GraftOptions, TreeOptions
 from vllm_eagle3.evaluation import cli, demo_models, evaluate, worker
 from vllm_eagle3.evaluation.metrics import TaskRun
 from vllm_eagle3.evaluation.settings import EvalSettings
-from vllm_eagle3.provenance import provenance
+from vllm_eagle3.provenance import commit, provenance
+
+ROOT = Path(__file__).parents[2]
 
 KEYS = {"mode", "task", "tau", "n_alpha", "tokens_per_s", "speedup", "identical"}
 
@@ -164,6 +167,12 @@ def test_provenance_hashes_the_data(data: Path) -> None:
     found = provenance([data], {"k": 1})
     assert len(found["data"]["two.jsonl"]) == 64
     assert found["device"]["cpu"] and found["versions"]["torch"]
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="the sources are in no git repository")
+def test_provenance_names_the_commit() -> None:
+    head = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True)
+    assert (commit() or "").removesuffix("-dirty") == head.stdout.strip()
 
 
 def test_a_cached_target_is_not_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
