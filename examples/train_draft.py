@@ -9,9 +9,8 @@ import json
 import logging
 from pathlib import Path
 
-from vllm_eagle3.training.job import TrainJob, train_draft
-from vllm_eagle3.training.trainer import TrainSettings
-from vllm_eagle3.training.ttt import LossOptions
+from vllm_eagle3.training.job import train_draft
+from vllm_eagle3.training.settings import Answers, LossOptions, TrainJob, TrainSettings
 
 
 def main() -> None:
@@ -39,13 +38,14 @@ def main() -> None:
         eval_every=25,
         loss=LossOptions(steps=3),
     )
+    answering = ["--limit", str(args.conversations), "--max-tokens", "128", "--temperatures", "0"]
+    answering += ["--enforce-eager"]
     job = TrainJob(
         target=args.target,
         settings=settings,
-        prompts=(args.prompts,),
-        generate_args=("--limit", str(args.conversations), "--max-tokens", "128", "--enforce-eager"),
+        answers=(Answers((args.prompts,), args.out / "answers", tuple(answering)),),
         draft_vocab_size=8192,
-        options={"fc_norm": True},
+        fc_norm=True,
         features_dir=args.out / "features",
         device=args.device,
         validation_limit=24,

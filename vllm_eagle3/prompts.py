@@ -9,15 +9,35 @@ from pathlib import Path
 from typing import Any
 
 USER_ROLES = {"user", "human"}
+SYSTEM_ROLES = {"system", "developer"}
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One conversation: the user's turns only. `source` is the data set or task the row names."""
+    """One conversation: the user's turns, and the system prompt ("" for none). `source` is the data set or task the
+    row names."""
 
     id: str
     source: str
     turns: tuple[str, ...]
+    system: str = ""
+
+
+def system_prompt(row: dict[str, Any]) -> str:
+    """The system prompt of `row`: its key `system`, or the system messages of its conversation; "" for none.
+
+    Raises:
+        ValueError: it is not a string.
+    """
+    chat = row.get("conversations", row.get("messages"))
+    found = [row["system"]] if row.get("system") is not None else []
+    if isinstance(chat, list):
+        messages = [part for part in chat if isinstance(part, dict)]
+        system = [part for part in messages if part.get("from", part.get("role")) in SYSTEM_ROLES]
+        found += [part.get("value", part.get("content")) for part in system]
+    if not all(isinstance(text, str) for text in found):
+        raise ValueError("a system prompt is not a string")
+    return "\n\n".join(found)
 
 
 def prompt_id(source: str, turns: tuple[str, ...]) -> str:
@@ -123,10 +143,11 @@ def load_prompts(data: str | Path, sources: set[str] | None = None) -> list[Prom
         if sources is not None and source not in sources:
             continue
         try:
-            turns = user_turns(row)
+            turns, system = user_turns(row), system_prompt(row)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
-        prompts.append(Prompt(str(row.get("id") or prompt_id(source, turns)), source, turns))
+        name = str(row.get("id") or prompt_id(source, (system, *turns) if system else turns))
+        prompts.append(Prompt(name, source, turns, system))
     if sources is not None and sources - seen:
         raise ValueError(f"{data}: no row has source {sorted(sources - seen)}; it has {sorted(seen)}")
     if not prompts:

@@ -5,12 +5,11 @@ from pathlib import Path
 import pytest
 
 from vllm_eagle3.evaluation.studies import Measured, arms, interval, summary, table
-from vllm_eagle3.training.job import TrainJob
-from vllm_eagle3.training.trainer import TrainSettings
+from vllm_eagle3.training.settings import TrainJob, TrainSettings
 
 
 def test_each_arm_changes_one_thing() -> None:
-    job = TrainJob("t", TrainSettings(Path("out")), data=(Path("d"),))
+    job = TrainJob("t", settings=TrainSettings(Path("out")), data=(Path("d"),))
     one, two, three = arms(job, 30).values()
     assert (one.aux_layers, one.settings.loss.steps, one.settings.loss.feature_loss) == ((30,), 1, 10.0)
     assert (two.aux_layers, two.settings.loss.steps, two.settings.loss.feature_loss) == ((30,), 7, 0.0)

@@ -3,6 +3,7 @@
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,10 +37,10 @@ def tiny_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def rows(count: int, seed: int = 0, longest: int = 40) -> list[dict[str, object]]:
+def rows(count: int, seed: int = 0, longest: int = 40) -> list[dict[str, Any]]:
     """Rows with a little structure: an answer counts up from the last token of its prompt."""
     rng = np.random.default_rng(seed)
-    out: list[dict[str, object]] = []
+    out: list[dict[str, Any]] = []
     for i in range(count):
         prompt = rng.integers(3, VOCAB, rng.integers(2, 9)).tolist()
         answer = [(prompt[-1] + k) % 60 + 3 for k in range(int(rng.integers(3, longest)))]
@@ -56,12 +57,20 @@ def rows(count: int, seed: int = 0, longest: int = 40) -> list[dict[str, object]
     return out
 
 
-def write_rows(path: Path, data: list[dict[str, object]]) -> Path:
+def write_rows(path: Path, data: list[dict[str, Any]]) -> Path:
     with gzip.open(path, "wt") as out:
         out.writelines(json.dumps(row) + "\n" for row in data)
     return path
 
 
 @pytest.fixture(scope="session")
-def tiny_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl.gz", rows(60))
+def tiny_rows(tmp_path_factory: pytest.TempPathFactory, tiny_target: Path) -> Path:
+    """Sixty rows, of which those at temperature 0 are the target's own greedy answers."""
+    model, made = LlamaForCausalLM.from_pretrained(tiny_target), rows(60)
+    for row in made[::2]:
+        prompt, length = row["prompt_token_ids"], len(row["response_token_ids"])
+        out = model.generate(
+            torch.tensor([prompt]), max_new_tokens=length, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        row["response_token_ids"] = out[0, len(prompt) :].tolist()
+    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl.gz", made)

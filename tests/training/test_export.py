@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from vllm_eagle3.checkpoint import CheckpointError, read_checkpoint
-from vllm_eagle3.reference.draft import DraftModel, PlainDraftConfig, load_draft, rope_frequencies
+from vllm_eagle3.reference.draft import DraftModel, load_draft
 from vllm_eagle3.training.data import load_documents, make_batch
 from vllm_eagle3.training.export import export
 from vllm_eagle3.training.features import Target
@@ -109,29 +109,3 @@ def test_start_from_the_last_layer(target: Target, tiny_rows: Path, options: dic
     theirs = target.decoder.layers[-1].self_attn.v_proj.weight
     assert torch.equal(model.draft_layer.self_attn.v_proj.weight[:, 32:], theirs)
     assert not model.draft_layer.self_attn.v_proj.weight[:, :32].any()
-
-
-def test_llama3_rope_is_transformers_own() -> None:
-    from transformers import LlamaConfig
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-    rope = {
-        "rope_type": "llama3",
-        "rope_theta": 5e5,
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
-    shape = {"hidden_size": 256, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 128}
-    theirs = LlamaRotaryEmbedding(LlamaConfig(**shape, rope_parameters=rope, max_position_embeddings=131072))
-    config = PlainDraftConfig(
-        **shape,
-        intermediate_size=8,
-        vocab_size=8,
-        draft_vocab_size=8,
-        aux_layers=(1, 2, 3),
-        target_hidden_size=256,
-        rope_parameters=rope,
-    )
-    torch.testing.assert_close(rope_frequencies(config), theirs.inv_freq)

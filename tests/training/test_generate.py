@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,6 +38,46 @@ ROWS = [{"id": f"p{i}", "source": "ab"[i % 2], "turns": [f"q{i}", f"r{i}"][: 1 +
 def test_formats(tmp_path: Path, row: dict[str, Any], turns: tuple[str, ...]) -> None:
     (prompt,) = load_prompts(write(tmp_path / "own.jsonl", [row]))
     assert prompt.turns == turns and prompt.source == "own" and prompt.id.startswith("own-")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"system": "be kind", "turns": ["a"]},
+        {"messages": [{"role": "system", "content": "be kind"}, {"role": "user", "content": "a"}]},
+        {"conversations": [{"from": "system", "value": "be kind"}, {"from": "human", "value": "a"}]},
+    ],
+)
+def test_system_prompts_are_kept(tmp_path: Path, row: dict[str, Any]) -> None:
+    """The target reads them before the first turn, and they make another prompt of the same turns."""
+    path, plain = write(tmp_path / "p.jsonl", [row]), write(tmp_path / "q.jsonl", [{"turns": ["a"]}])
+    settings = GenerateSettings("t", (str(path),), tmp_path / "out")
+    (conversation,) = conversations(settings)
+    assert conversation.prompt == Prompt(conversation.prompt.id, "p", ("a",), "be kind")
+    assert load_prompts(plain)[0].id.split("-")[1] != conversation.prompt.id.split("-")[1]
+    (answered,) = generate.answer(FakeEngine(), [conversation], settings)
+    assert "".join(map(chr, answered.rows[0]["prompt_token_ids"])) == "be kinda"
+
+
+def test_a_system_prompt_that_is_no_text(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="bad.jsonl:1: a system prompt is not a string"):
+        load_prompts(write(tmp_path / "bad.jsonl", [{"system": 1, "turns": ["a"]}]))
+
+
+def test_parts_share_the_work_and_never_a_shard(settings: GenerateSettings) -> None:
+    """Two processes side by side; then one goes on alone with what neither has done."""
+    writers = [ShardWriter(settings.out, 1, part, 2) for part in (0, 1)]
+    for part, writer in enumerate(writers):
+        mine = replace(settings, part=part, parts=2)
+        for conversation in list(generate.answer(FakeEngine(), conversations(mine)[:3], mine)):
+            writer.add(conversation.rows)
+    names = [path.name for path in shards(settings.out)]
+    assert names == [f"part-{i:05d}.jsonl.gz" for i in range(6)]
+    assert len({row["id"] for row in read(settings)}) == 6
+    run(settings)
+    assert {row["id"] for row in read(settings)} == {row["id"] for row in ROWS}
+    temperatures = {row["id"]: row["temperature"] for row in read(settings)}
+    assert [temperatures[f"p{i}"] for i in range(8)] == [0.0, 1.0] * 4
 
 
 def test_gz_and_list(tmp_path: Path) -> None:

@@ -9,9 +9,8 @@ from vllm_eagle3.training.losses import KINDS, FusedHeadLoss, eager_head_loss, l
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_fused_equals_eager(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks and chunks smaller than the rows, rows that share a place in the table, rows of weight 0."""
-    monkeypatch.setattr(losses, "CHUNK", 4)
-    monkeypatch.setattr(losses, "BLOCK", 10)
+    """Chunks smaller than the rows, rows that share a place in the table, rows of weight 0."""
+    monkeypatch.setitem(losses.CHUNK, "cpu", 4)
     torch.manual_seed(0)
     x, weight = torch.randn(23, 16, requires_grad=True), torch.randn(37, 16, requires_grad=True)
     table, index = torch.randn(11, 37).mul(3).softmax(-1), torch.randint(0, 11, (23,))

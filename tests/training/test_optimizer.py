@@ -26,13 +26,14 @@ def parameters(optimizer: torch.optim.Optimizer) -> set[int]:
 def test_every_trainable_parameter_is_stepped_once() -> None:
     draft = tiny_draft()
     weights = {name: id(module.weight) for name, module in draft.items()}
-    (adamw,) = make_optimizers(draft, "adamw", 1e-3, 0.0)
+    (adamw,) = make_optimizers(draft, "adamw", 1e-3, 1e-3, 0.0)
     assert parameters(adamw) == {weights["fc"], weights["norm"], weights["lm_head"]}
-    adamw, muon = make_optimizers(draft, "muon", 1e-3, 0.0)
+    adamw, muon = make_optimizers(draft, "muon", 1e-3, 2e-3, 0.0)
     assert parameters(adamw) == {weights["norm"], weights["lm_head"]}
     assert parameters(muon) == {weights["fc"]}
+    assert (adamw.param_groups[0]["base_lr"], muon.param_groups[0]["base_lr"]) == (1e-3, 2e-3)
     with pytest.raises(ValueError, match="adamw or muon, found 'sgd'"):
-        make_optimizers(draft, "sgd", 1e-3, 0.0)
+        make_optimizers(draft, "sgd", 1e-3, 1e-3, 0.0)
 
 
 def test_the_average_is_exponential_and_swaps_in_and_out() -> None:

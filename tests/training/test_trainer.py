@@ -18,17 +18,19 @@ from safetensors.torch import load_file
 
 from vllm_eagle3.training import cli
 from vllm_eagle3.training.data import load_documents, make_batch, split
-from vllm_eagle3.training.features import Target
+from vllm_eagle3.training.features import Target, TargetHead
 from vllm_eagle3.training.initialize import new_draft
 from vllm_eagle3.training.job import build
+from vllm_eagle3.training.settings import LossOptions, TrainSettings
 from vllm_eagle3.training.state import states
-from vllm_eagle3.training.trainer import Trainer, TrainSettings
-from vllm_eagle3.training.ttt import LossOptions
+from vllm_eagle3.training.trainer import TrainData, Trainer
+from vllm_eagle3.training.validation import ValidationSet, choose
 
 
 def arguments(target: Path, rows: Path, out: Path, *more: str) -> list[str]:
     given = ["--target", str(target), "--data", str(rows), "--out", str(out), "--device", "cpu"]
     given += ["--draft-vocab-size", "64", "--ttt-steps", "3", "--batch-tokens", "256", "--dtype", "float32"]
+    given += ["--chain", "3", "--decode-prompts", "1"]
     return given + ["--lr", "3e-3", "--validation-share", "0.2", *more]
 
 
@@ -56,8 +58,9 @@ sys.exit(args.func(args))
 def make_trainer(target: Target, rows: Path, out: Path, **settings: Any) -> Trainer:
     train, held = split(load_documents([rows], 96), 0.2)
     model = new_draft(target, torch.arange(64), {}, "target", 0, make_batch(train[:5]))
-    options = {"max_steps": 4, "loss": LossOptions(2), "batch_tokens": 128, **settings}
-    return Trainer(TrainSettings(out, **options), model, target, train, held)
+    options = {"max_steps": 4, "loss": LossOptions(2), "batch_tokens": 128, "chain": 2, **settings}
+    data = TrainData(train, ValidationSet(target, choose(held, {}, 20), 128))
+    return Trainer(TrainSettings(out, **options), model, target, data)
 
 
 def weights(out: Path) -> dict[str, Any]:
@@ -146,17 +149,17 @@ def test_prompt_loss_reaches_the_prompts_and_not_the_validation(
     cli.add_parser(parser.add_subparsers())
     given = arguments(tiny_target, tiny_rows, tmp_path / "run", "--prompt-loss")
     trainer, _ = build(cli.job_from(parser.parse_args(["train", *given])))
-    assert all(document.mask.all() for document in trainer.documents)
-    assert not any(batch.mask.all() for batch, _, _ in trainer.validation)
+    assert all(document.mask.all() for document in trainer.data.documents)
+    assert not any(batch.mask.all() for batch, _, _ in trainer.data.validation.batches)
 
 
 def test_accumulation_is_one_larger_batch(tiny_target: Path, tiny_rows: Path, tmp_path: Path) -> None:
     target = Target(tiny_target, dtype=torch.float32)
-    trainer = make_trainer(target, tiny_rows, tmp_path, accumulate=3, autocast=False)
+    trainer = make_trainer(target, tiny_rows, tmp_path, accumulate=3, fp32=True)
     trainer.train_step()
     assert trainer.at.place == 3 and trainer.at.step == 1
     groups = trainer.plan[:3]
-    assert trainer.at.tokens == sum(int(trainer.documents[i].mask.sum()) for g in groups for i in g)
+    assert trainer.at.tokens == sum(int(trainer.data.documents[i].mask.sum()) for g in groups for i in g)
 
 
 def test_two_ranks_equal_one_with_accumulation(tiny_target: Path, tiny_rows: Path, tmp_path: Path) -> None:
@@ -194,7 +197,7 @@ def test_loss_that_is_not_finite(tiny_target: Path, tiny_rows: Path, tmp_path: P
     trainer = make_trainer(target, tiny_rows, tmp_path, max_steps=6, save_every=2)
     trainer.train()
     before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
-    trainer.head = torch.full_like(trainer.head, torch.nan)
+    trainer.head = TargetHead(torch.full_like(trainer.head.weight, torch.nan))
     with pytest.raises(FloatingPointError, match="step 7: loss .*nan.*no weights were changed"):
         trainer.train_step()
     assert all(torch.equal(v, before[k]) for k, v in trainer.model.state_dict().items())
@@ -254,7 +257,7 @@ def test_nothing_to_train_on(tiny_target: Path, tmp_path: Path, caplog: Any) -> 
 
 
 def test_learning_rate_schedule() -> None:
-    settings = TrainSettings(Path("x"), lr=1.0, warmup_share=0.1, decay_share=0.5)
-    rates = [settings.lr_at(step, 100) for step in range(100)]
+    settings = TrainSettings(Path("x"), warmup_share=0.1, decay_share=0.5)
+    rates = [settings.rate_at(step, 100) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == rates[49] == 1.0
     assert rates[75] == pytest.approx(0.05 + 0.95 * 0.5) and rates[99] == pytest.approx(0.05 + 0.95 * 0.02)

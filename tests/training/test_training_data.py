@@ -17,6 +17,7 @@ from vllm_eagle3.training.data import (
     plan_batches,
     split,
     token_counts,
+    vocabulary_by_coverage,
 )
 from vllm_eagle3.training.features import Target
 from vllm_eagle3.training.store import FeatureStore
@@ -89,6 +90,49 @@ def test_vocabulary_counts_answers_only() -> None:
     assert draft_vocabulary(counts, 3).tolist() == [3, 5, 7]
     with pytest.raises(ValueError, match=r"expected a size in 1\.\.96, found 97"):
         draft_vocabulary(counts, 97)
+
+
+def test_few_prompts_still_leave_some_to_validate_on() -> None:
+    """60 conversations at 2.5 % used to hold out none; now the eight with the lowest hashes, all turns together."""
+    documents = [
+        Document(f"p{i}", "s", 0.0, np.full(3, turn, np.int32), np.ones(3, bool))
+        for i in range(60)
+        for turn in range(2)
+    ]
+    train, held = split(documents, 0.025)
+    assert len({d.id for d in held}) == 8 and len(held) == 16 and len(train) == 104
+    assert len(split(documents[:20], 0.025)[1]) == 4, "a fifth of ten prompts"
+    assert split(documents, 0.0)[1] == []
+
+
+def test_vocabulary_covers_the_greedy_held_out_answers() -> None:
+    """1000 tokens, the more frequent the lower: the size follows from held-out text, not from the training text."""
+    rng = np.random.default_rng(0)
+    counts = (1e6 / np.arange(1, 40001) ** 1.5).astype(np.int64)
+
+    def held(ids: np.ndarray, temperature: float) -> Document:
+        return Document("h", "s", temperature, ids.astype(np.int32), np.ones(len(ids), bool))
+
+    text = np.concatenate([rng.integers(0, 700, 980), np.full(20, 39999)])
+    size = vocabulary_by_coverage(counts, [held(text, 0.0), held(np.full(500, 30000), 1.0)])
+    assert size == 768 and (text < size).mean() >= 0.98
+    assert vocabulary_by_coverage(counts, [held(np.full(9, 39999), 0.0)]) == 32768
+    flat = np.ones(500, dtype=np.int64)
+    assert vocabulary_by_coverage(flat, []) == 500, "no more than the target has"
+
+
+def test_weights_are_uses_an_epoch() -> None:
+    lengths, weights = [10] * 300, [0.0] * 100 + [0.5] * 100 + [2.0] * 100
+    used = [
+        [i for group in plan_batches(lengths, 64, 0, epoch, weights) for i in group] for epoch in range(20)
+    ]
+    assert not any(i < 100 for epoch in used for i in epoch)
+    assert all(epoch.count(i) == 2 for epoch in used for i in range(200, 300))
+    halves = sum(100 <= i < 200 for epoch in used for i in epoch)
+    assert 850 < halves < 1150, "2000 chances of a half"
+    assert used[0] != used[1]
+    with pytest.raises(ValueError, match="leave no document"):
+        plan_batches(lengths, 64, 0, 0, [0.0] * 300)
 
 
 def test_batches_hold_every_document_once() -> None:

@@ -9,7 +9,8 @@ from vllm_eagle3.training.copying import copy_loss
 from vllm_eagle3.training.data import Batch
 from vllm_eagle3.training.features import Features, Target
 from vllm_eagle3.training.initialize import new_draft
-from vllm_eagle3.training.ttt import Chains, LossOptions, simulate, ttt_loss
+from vllm_eagle3.training.settings import LossOptions
+from vllm_eagle3.training.ttt import Chains, simulate, target_table, ttt_loss
 
 LITERAL = """
 100 000 000
@@ -118,7 +119,8 @@ def test_simulated_steps_are_the_chain_the_decoder_runs(target: Target, options:
     features = target.features(packed)
     chains = Chains.build(packed, 5)
     with torch.no_grad():
-        states = simulate(model, packed, features, chains, 5)
+        states = simulate(model, packed, features, chains, 5).states
+        places = {int(i): n for n, i in enumerate(chains.later)}
         start = 0
         for n in packed.lengths.tolist():
             own = slice(start, start + n)
@@ -131,11 +133,12 @@ def test_simulated_steps_are_the_chain_the_decoder_runs(target: Target, options:
                 a = a[-1:]
                 for j in range(1, 6):
                     if j > 1:
-                        if p + j >= n:
+                        if not chains.valid[j - 1, i]:
                             break
                         e = model.embed(tokens[p + j : p + j + 1])
                         a, kv = model.layer(e, model.next_g(a), torch.tensor([p + j - 1]), kv)
-                    torch.testing.assert_close(states[j - 1][i : i + 1], a, atol=1e-4, rtol=1e-4)
+                    at = i if j == 1 else places[i]
+                    torch.testing.assert_close(states[j - 1][at : at + 1], a, atol=1e-4, rtol=1e-4)
             start += n
 
 
@@ -144,7 +147,7 @@ def test_documents_do_not_see_one_another(target: Target) -> None:
     packed, alone = batch(9, 14), Batch(batch(9, 14).tokens[9:], batch(9, 14).mask[9:], torch.tensor([14]))
     both = simulate(model, packed, target.features(packed), Chains.build(packed, 3), 3)
     one = simulate(model, alone, target.features(alone), Chains.build(alone, 3), 3)
-    for a, b in zip(both, one, strict=True):
+    for a, b in zip(both.states, one.states, strict=True):
         torch.testing.assert_close(a[-len(b) :], b, atol=1e-4, rtol=1e-4)
 
 
@@ -156,18 +159,17 @@ def test_target_distribution_is_the_one_that_predicts_the_label(target: Target) 
     logits = target.model(ids).logits[0]
     chains = Chains.build(packed, 2)
     features = target.features(packed)
-    from vllm_eagle3.training.ttt import target_table
-
-    table, place = target_table(features, target.head[model.target_ids], chains, 2)
-    for row in chains.rows[chains.rows < 9].tolist():
-        for j in (1, 2):
+    rows = chains.rows[chains.rows < 9]
+    for j in (1, 2):
+        table, index = target_table(features, target.head.of(model.target_ids), chains.at(j, 21))
+        for i, row in enumerate(rows.tolist()):
             want = logits[row + j][model.target_ids].softmax(-1)
-            torch.testing.assert_close(table[place[row + j]], want, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(table[index[i]], want, atol=1e-5, rtol=1e-4)
 
 
 def test_recompute_gives_the_same_gradients(target: Target) -> None:
     model, packed = draft(target), batch(9, 14)
-    features, head = target.features(packed), target.head[model.target_ids]
+    features, head = target.features(packed), target.head.of(model.target_ids)
     grads = []
     for recompute in (False, True):
         model.zero_grad()
@@ -180,18 +182,56 @@ def test_recompute_gives_the_same_gradients(target: Target) -> None:
 def test_copy_supervision_is_added_to_the_loss(target: Target) -> None:
     model, tokens = draft(target), torch.tensor([5, 9, 11, 30, 5, 9, 11, 31, 5, 9])
     packed = Batch(tokens, torch.ones(10, dtype=torch.bool), torch.tensor([10]))
-    features, head, seen = target.features(packed), target.head[model.target_ids], []
-    watch = lambda q, k, layout: seen.append(copy_loss(q, k, packed, layout, 2))  # noqa: E731
-    simulate(model, packed, features, Chains.build(packed, 2), 2, watch=watch)
+    features, head = target.features(packed), target.head.of(model.target_ids)
+    run = simulate(model, packed, features, Chains.build(packed, 2), 2)
+    copied = copy_loss(run.q, run.k, packed, run.layout, 2)
     plain, both = (
         ttt_loss(model, packed, features, head, LossOptions(2, copy_loss=w))[0] for w in (0.0, 0.5)
     )
     groups = model.config.num_attention_heads // model.config.num_key_value_heads
-    assert groups == 2 and float(seen[0]) > 0
-    torch.testing.assert_close(both - plain, 0.5 * seen[0])
+    assert groups == 2 and float(copied) > 0
+    torch.testing.assert_close(both - plain, 0.5 * copied)
 
 
 def test_nothing_to_learn_is_an_error(target: Target) -> None:
     packed = Batch(torch.arange(4), torch.tensor([False, False, True, False]), torch.tensor([4]))
     with pytest.raises(ValueError, match="no two answer tokens in a row"):
         ttt_loss(draft(target), packed, Features([], torch.zeros(4, 32)), target.head, LossOptions(2))
+
+
+def test_a_share_of_the_chains_is_an_unbiased_estimate(target: Target) -> None:
+    """Loss and gradients over many draws of a third of the chains average to those of all chains.
+
+    One chain too few or a wrong factor shifts the mean by more than the bound, five standard errors of it."""
+    model, packed = draft(target), batch(9, 14, 12)
+    features, head = target.features(packed), target.head.of(model.target_ids)
+    names = ["fc.weight", "lm_head.weight", "layers.0.self_attn.k_proj.weight"]
+    parameters = [model.get_parameter(name) for name in names]
+
+    def gradients(share: float, seed: int) -> list[torch.Tensor]:
+        options = LossOptions(4, chain_share=share)
+        loss, steps = ttt_loss(model, packed, features, head, options, torch.Generator().manual_seed(seed))
+        return [steps, loss.detach()[None], *torch.autograd.grad(loss, parameters)]
+
+    want = gradients(1.0, 0)
+    draws = [gradients(0.34, seed) for seed in range(200)]
+    for i, exact in enumerate(want):
+        drawn = torch.stack([d[i] for d in draws])
+        error = (drawn.mean(0) - exact).norm()
+        spread = drawn.std(0).norm() / len(draws) ** 0.5
+        assert float(error) < 5 * float(spread) + 1e-6, i
+        if i:
+            assert float(drawn.std(0).norm()) > 0, "the draws differ"
+
+
+def test_chains_beyond_step_one_are_a_share_of_those_that_have_one() -> None:
+    packed = batch(30, 20)
+    chains = Chains.build(packed, 3, 0.25, torch.Generator().manual_seed(1))
+    assert chains.candidates == int(chains.valid[1].sum())
+    assert len(chains.later) == -(-chains.candidates // 4) and chains.valid[1, chains.later].all()
+    weights = torch.tensor([0.5, 0.3, 0.2])
+    (_, first), (_, second), (third, scale) = chains.scored(weights)
+    torch.testing.assert_close(first.sum(), weights[0])
+    torch.testing.assert_close(second.sum(), weights[1])
+    assert chains.valid[2, third].all()
+    torch.testing.assert_close(scale[0], 0.2 / chains.valid[2].sum() * chains.candidates / len(chains.later))

@@ -25,7 +25,8 @@ from vllm_eagle3.provenance import provenance
 from vllm_eagle3.reference.draft import DraftModel
 from vllm_eagle3.training import cli
 from vllm_eagle3.training.features import Target
-from vllm_eagle3.training.job import TrainJob, build
+from vllm_eagle3.training.job import build
+from vllm_eagle3.training.settings import TrainJob
 
 logger = logging.getLogger(__name__)
 # Table 2 of arXiv 2503.01840, LLaMA-Instruct 3.1 8B, tau on (MT-bench, GSM8K).
@@ -70,7 +71,7 @@ def train_arm(job: TrainJob, name: str, seed: int) -> tuple[DraftModel, Target]:
         job = dataclasses.replace(job, features_dir=job.features_dir / f"layers-{layers}-documents-{limit}")
     trainer, _ = build(job)
     trainer.train()
-    return trainer.model.to(trainer.target.head.dtype).eval(), trainer.target
+    return trainer.model.to(trainer.target.embeddings.dtype).eval(), trainer.target
 
 
 def measure(

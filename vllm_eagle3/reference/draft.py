@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vllm_eagle3.checkpoint import CheckpointError, DraftConfig, read_checkpoint
+from vllm_eagle3.reference.rope import rope_frequencies
 
 KV = tuple[Tensor, Tensor]
 
@@ -99,34 +100,13 @@ class RMSNorm(nn.Module):
         return (y * self.weight.float()).to(x.dtype)
 
 
-def rope_frequencies(config: PlainDraftConfig) -> Tensor:
-    """Inverse frequencies [head_dim / 2] in fp32, with Llama-3 scaling where the config asks for it.
-
-    Raises ValueError for a rope type other than default, linear or llama3.
-    """
-    rope = config.rope_parameters
-    kind = rope.get("rope_type", "default")
-    inv = 1.0 / config.rope_theta ** (
-        torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    )
-    if kind == "default":
-        return inv
-    if kind == "linear":
-        return inv / rope["factor"]
-    if kind == "llama3":
-        wavelength = 2 * torch.pi / inv
-        old = rope["original_max_position_embeddings"]
-        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        smooth = ((old / wavelength - low) / (high - low)).clamp(0, 1)
-        return inv * (smooth + (1 - smooth) / rope["factor"])
-    raise ValueError(f"rope_type must be default, linear or llama3, found {kind!r}")
-
-
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Neox-style rotation of x [n, heads, d] by cos, sin [n, d / 2], in fp32."""
-    a, b = x.float().chunk(2, dim=-1)
+    """Neox-style rotation of the first r features of x [n, heads, d] by cos, sin [n, r / 2], in fp32."""
+    rotated = 2 * cos.shape[-1]
+    a, b = x[..., :rotated].float().chunk(2, dim=-1)
     cos, sin = cos[:, None], sin[:, None]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+    turned = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+    return turned if rotated == x.shape[-1] else torch.cat([turned, x[..., rotated:]], dim=-1)
 
 
 class DraftAttention(nn.Module):
@@ -213,7 +193,8 @@ class DraftModel(nn.Module):
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         self.embed_tokens.weight.requires_grad_(False)
         self.register_buffer("d2t", torch.zeros(c.draft_vocab_size, dtype=torch.int64))
-        self.register_buffer("inv_freq", rope_frequencies(c), persistent=False)
+        inv_freq, self.rope_scale = rope_frequencies(c.rope_parameters, c.head_dim)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
 
     @property
     def draft_layer(self) -> DraftLayer:
@@ -233,9 +214,9 @@ class DraftModel(nn.Module):
         return self.fc(self.input_norm(x) if self.input_norm is not None else x)
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos, sin [n, head_dim / 2] in fp32 of positions [n]."""
+        """cos, sin [n, rotated / 2] in fp32 of positions [n]."""
         angles = positions.float()[:, None] * self.inv_freq.float()
-        return angles.cos(), angles.sin()
+        return angles.cos() * self.rope_scale, angles.sin() * self.rope_scale
 
     def layer(
         self, e: Tensor, g: Tensor, positions: Tensor, kv: KV | None = None, mask: Tensor | None = None

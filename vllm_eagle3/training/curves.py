@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -29,10 +30,27 @@ def smooth(values: list[float], weight: float = 0.95) -> list[float]:
     return out
 
 
-def draw_curves(out: Path) -> Path:
-    """Draw loss, acceptance and tau against answer tokens from the CSV files in `out`; returns
+def read_stages(folders: Sequence[Path], name: str) -> dict[str, list[float]]:
+    """The columns of one CSV file a stage, one after the other, tokens counted from the first; a column that a stage
+    has not is NaN there."""
+    parts, first = [], 0.0
+    for folder in folders:
+        part, train = read(folder / name), read(folder / "train.csv")
+        if part:
+            parts.append(part | {"tokens": [first + x for x in part["tokens"]]})
+        first += train["tokens"][-1] if train else 0.0
+    columns = dict.fromkeys(column for part in parts for column in part)
+    lengths = [len(part["tokens"]) for part in parts]
+    return {
+        c: [x for part, n in zip(parts, lengths, strict=True) for x in part.get(c, [float("nan")] * n)]
+        for c in columns
+    }
+
+
+def draw_curves(out: Path, stages: Sequence[Path]) -> Path:
+    """Draw loss, acceptance and tau against answer tokens from the CSV files of `stages`; returns
     out/curves.png."""
-    train, validation = read(out / "train.csv"), read(out / "validation.csv")
+    train, validation = read_stages(stages, "train.csv"), read_stages(stages, "validation.csv")
     figure, axes = plt.subplots(1, 3, figsize=(15, 4), constrained_layout=True)
     for name in (n for n in train if n.startswith("loss_")):
         axes[0].plot(train["tokens"], smooth(train[name]), label=f"step {name[5:]}")

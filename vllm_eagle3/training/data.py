@@ -96,14 +96,23 @@ def load_documents(paths: Sequence[str | Path], vocab_size: int) -> list[Documen
     return documents
 
 
+FEWEST_HELD_OUT = 8  # prompts; where there are few, a fifth of them
+
+
 def split(documents: Sequence[Document], share: float) -> tuple[list[Document], list[Document]]:
-    """(training, validation) by a hash of the id, so that a prompt stays on its side when data is added."""
+    """(training, validation) by a hash of the prompt's id, so that a prompt stays on its side when data is added.
 
-    def held_out(doc: Document) -> bool:
-        return int(hashlib.sha1(doc.id.split("#")[0].encode()).hexdigest()[:8], 16) < share * 2**32
+    Where `share` of the prompts would be next to nothing, the FEWEST_HELD_OUT with the lowest hashes are held out.
+    """
 
-    train = [d for d in documents if not held_out(d)]
-    return train, [d for d in documents if held_out(d)]
+    def number(doc: Document) -> int:
+        return int(hashlib.sha1(doc.id.split("#")[0].encode()).hexdigest()[:8], 16)
+
+    prompts = sorted({number(d) for d in documents})
+    least = min(FEWEST_HELD_OUT, len(prompts) // 5) if share else 0
+    limit = max(int(share * 2**32), prompts[least] if least else 0)
+    train = [d for d in documents if number(d) >= limit]
+    return train, [d for d in documents if number(d) < limit]
 
 
 def token_counts(documents: Sequence[Document], vocab_size: int) -> np.ndarray:
@@ -112,6 +121,24 @@ def token_counts(documents: Sequence[Document], vocab_size: int) -> np.ndarray:
     for doc in documents:
         np.add.at(counts, doc.tokens[doc.mask], 1)
     return counts
+
+
+COVERAGE = 0.98
+LARGEST_VOCABULARY = 32768
+
+
+def vocabulary_by_coverage(counts: np.ndarray, held_out: Sequence[Document]) -> int:
+    """The smallest size, a multiple of 256, whose most frequent tokens cover COVERAGE of the greedy held-out
+    answers; at most LARGEST_VOCABULARY and the target's own.
+
+    counts [vocab]: of the training answers, which rank the tokens. Where nothing greedy is held out, of those
+    answers themselves, which flatters.
+    """
+    judged = token_counts([d for d in held_out if d.temperature == 0], len(counts))
+    judged = judged if judged.any() else counts
+    covered = np.cumsum(judged[np.argsort(-counts, kind="stable")]) / max(1, judged.sum())
+    size = int(np.searchsorted(covered, COVERAGE)) + 1
+    return min(-(-size // 256) * 256, LARGEST_VOCABULARY, len(counts))
 
 
 def draft_vocabulary(counts: np.ndarray, size: int) -> Tensor:
@@ -129,15 +156,27 @@ def make_batch(documents: Sequence[Document]) -> Batch:
     )
 
 
-def plan_batches(lengths: Sequence[int], tokens: int, seed: int, epoch: int) -> list[list[int]]:
+def uses(weights: Sequence[float], rng: np.random.Generator) -> np.ndarray:
+    """Indices of the documents of an epoch: each as often as its weight, a fraction being the chance of one more."""
+    chances = np.asarray(weights, dtype=np.float64)
+    times = np.floor(chances) + (rng.random(len(chances)) < chances % 1)
+    return np.repeat(np.arange(len(chances)), times.astype(np.int64))
+
+
+def plan_batches(
+    lengths: Sequence[int], tokens: int, seed: int, epoch: int, weights: Sequence[float] | None = None
+) -> list[list[int]]:
     """One epoch: document indices grouped so that each group, padded, has at most `tokens` tokens.
 
+    weights: how often an epoch uses each document, on average (None: once).
     Documents are shuffled, then sorted by length within windows of 32 batches so that little is padding.
     A document longer than `tokens` makes a batch of its own: nothing is cut.
     """
     rng = np.random.default_rng((seed, epoch))
-    order = rng.permutation(len(lengths))
-    window = max(1, int(32 * tokens / max(1.0, float(np.mean(lengths)))))
+    order = rng.permutation(len(lengths)) if weights is None else rng.permutation(uses(weights, rng))
+    if not len(order):
+        raise ValueError("the weights leave no document to train on")
+    window = max(1, int(32 * tokens / max(1.0, float(np.mean(np.asarray(lengths)[order])))))
     groups: list[list[int]] = []
     for start in range(0, len(order), window):
         group: list[int] = []

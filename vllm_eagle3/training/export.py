@@ -81,7 +81,7 @@ def speculators_config(
             ],
             "verifier": {"name_or_path": verifier, "architectures": architectures},
         },
-        "transformer_layer_config": body(config) | {"vocab_size": config.vocab_size},
+        "transformer_layer_config": body(config),
         "draft_vocab_size": config.draft_vocab_size,
         "target_hidden_size": config.target_hidden_size,
         "eagle_aux_hidden_state_layer_ids": list(config.aux_layers),

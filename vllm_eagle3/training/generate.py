@@ -4,7 +4,7 @@ Each answer is one row, in the order of the conversation, with everything the mo
     {"id", "source", "turn", "sample", "temperature",
      "prompt_token_ids", "response_token_ids", "finish_reason"}
 The loss mask is 0 on `prompt_token_ids`, 1 on `response_token_ids`. Rows are written as shards
-`part-00000.jsonl.gz`, each in one atomic step: a killed run loses one shard at most, the same command resumes
+`part-00000.jsonl.gz`, each in one atomic step: a killed run loses one shard at most, the same command goes on.
 """
 
 import argparse
@@ -41,13 +41,15 @@ class GenerateSettings:
     samples: int = 1
     max_tokens: int = 1024
     max_model_len: int = 4096
-    max_num_seqs: int = 64
+    max_num_seqs: int = 128
     shard_rows: int = 256
+    part: int = 0  # this process answers conversations part, part + parts, ... of all
+    parts: int = 1
     dtype: Any = "bfloat16"  # as vLLM's
     enforce_eager: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("samples", "max_tokens", "max_model_len", "max_num_seqs", "shard_rows"):
+        for name in ("samples", "max_tokens", "max_model_len", "max_num_seqs", "shard_rows", "parts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
         if not self.temperatures or any(t < 0 for t in self.temperatures):
@@ -66,6 +68,10 @@ class Conversation:
     messages: list[dict[str, str]] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        if self.prompt.system:
+            self.messages.append({"role": "system", "content": self.prompt.system})
+
     @property
     def key(self) -> tuple[str, int]:
         return self.prompt.id, self.sample
@@ -74,10 +80,12 @@ class Conversation:
 class ShardWriter:
     """Writes rows to numbered shards of `out`; a shard appears whole or not at all."""
 
-    def __init__(self, out: Path, shard_rows: int) -> None:
+    def __init__(self, out: Path, shard_rows: int, part: int = 0, parts: int = 1) -> None:
         self.out, self.shard_rows, self.rows = out, shard_rows, list[Row]()
         out.mkdir(parents=True, exist_ok=True)
-        self.next = 1 + max((int(p.name[5:10]) for p in shards(out)), default=-1)
+        last = max((int(p.name[5:10]) for p in shards(out)), default=-1)
+        # Numbers that leave the remainder `part`: processes side by side never write the same shard.
+        self.step, self.next = parts, last + 1 + (part - last - 1) % parts
 
     def add(self, rows: list[Row]) -> None:
         self.rows += rows
@@ -92,7 +100,7 @@ class ShardWriter:
         with gzip.open(temporary, "wt", encoding="utf-8", compresslevel=6) as file:
             file.writelines(json.dumps(row, separators=(",", ":")) + "\n" for row in self.rows)
         os.replace(temporary, path)
-        self.rows, self.next = [], self.next + 1
+        self.rows, self.next = [], self.next + self.step
 
 
 def shards(out: Path) -> list[Path]:
@@ -126,7 +134,7 @@ def conversations(settings: GenerateSettings) -> list[Conversation]:
     ]
     if settings.limit is not None:
         todo = todo[: settings.limit]
-    return [c for c in todo if c.key not in done]
+    return [c for c in todo[settings.part :: settings.parts] if c.key not in done]
 
 
 def answer(llm: Any, todo: list[Conversation], settings: GenerateSettings) -> Iterator[Conversation]:
@@ -212,7 +220,11 @@ def generate(settings: GenerateSettings) -> int:
             least=1,  # few answers are as long as they may be
         ),
     )
-    writer, tokens, skipped = ShardWriter(settings.out, settings.shard_rows), 0, 0
+    writer, tokens, skipped = (
+        ShardWriter(settings.out, settings.shard_rows, settings.part, settings.parts),
+        0,
+        0,
+    )
     progress = tqdm(total=len(todo), unit="conversation", desc=settings.out.name, smoothing=0.05)
     try:
         for conversation in answer(llm, todo, settings):
@@ -260,6 +272,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("max_model_len", "prompt and answer, tokens"),
         ("max_num_seqs", "answers at a time"),
         ("shard_rows", "rows per file"),
+        ("part", "of the conversations, this process's"),
+        ("parts", "processes that share them"),
     ):
         default = getattr(GenerateSettings, name)
         option = f"--{name.replace('_', '-')}"

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_eagle3.reference.draft import DraftModel, PlainDraftConfig, RMSNorm
-from vllm_eagle3.training.data import Batch
-from vllm_eagle3.training.features import Features, Target
+from vllm_eagle3.reference.draft import DraftModel, PlainDraftConfig, RMSNorm, load_draft
+from vllm_eagle3.training.data import Batch, draft_vocabulary
+from vllm_eagle3.training.features import Features, Target, head_dim, target_rope
+from vllm_eagle3.training.settings import INITS
 
 
 def draft_config(target: Target, draft_vocab_size: int, options: dict[str, Any]) -> PlainDraftConfig:
@@ -19,26 +23,24 @@ def draft_config(target: Target, draft_vocab_size: int, options: dict[str, Any])
     """
     c = target.config
     heads = c.num_attention_heads
-    rope = dict(getattr(c, "rope_parameters", None) or {"rope_type": "default", "rope_theta": c.rope_theta})
     return PlainDraftConfig(
         hidden_size=c.hidden_size,
         intermediate_size=c.intermediate_size,
         num_attention_heads=heads,
         num_key_value_heads=getattr(c, "num_key_value_heads", None) or heads,
-        head_dim=getattr(c, "head_dim", None) or c.hidden_size // heads,
+        head_dim=head_dim(c),
         vocab_size=len(target.embeddings),
         draft_vocab_size=draft_vocab_size,
         aux_layers=target.aux_layers,
         target_hidden_size=c.hidden_size,
-        rms_norm_eps=c.rms_norm_eps,
-        rope_parameters=rope,
+        rms_norm_eps=getattr(c, "rms_norm_eps", 1e-6),
+        rope_parameters=target_rope(c),
         max_position_embeddings=c.max_position_embeddings,
         **{"qk_norm": hasattr(target.decoder.layers[-1].self_attn, "q_norm")} | options,
     )
 
 
 START_RMS = 8.0  # of g, where fc_norm sets its scale
-INITS = ("target", "random")
 
 
 @torch.no_grad()
@@ -63,8 +65,8 @@ def new_draft(
         elif parameter.dim() > 1 and name != "embed_tokens.weight":
             parameter.normal_(0.0, 0.02)
     model.embed_tokens.weight.data = target.embeddings.detach().clone().cpu()
-    model.lm_head.weight.copy_(target.head[vocabulary.to(target.head.device)])
-    model.norm.weight.copy_(target.decoder.norm.weight)
+    model.lm_head.weight.copy_(target.head.of(vocabulary).weight)
+    model.norm.weight.copy_(norm_gain(target.decoder.norm, model.norm.weight))
     model.d2t.copy_(vocabulary - torch.arange(len(vocabulary)))
     features = target.features(sample)
     if model.fc_norm is not None:
@@ -79,11 +81,51 @@ def new_draft(
     return model
 
 
+@torch.no_grad()
+def warm_start(path: str | Path, target: Target, counts: np.ndarray, size: int | None) -> DraftModel:
+    """The draft in directory `path`, with the most frequent tokens it lacks added up to `size` (None: as it is).
+
+    Rows of the head that it has are kept; new ones start as the target's. counts [vocab]: how often each target id
+    occurs in the training answers. Raises ValueError for a draft of another target or a smaller `size`.
+    """
+    old = load_draft(path, embeddings=target.embeddings.float().cpu())
+    c = old.config
+    if c.aux_layers != target.aux_layers or c.vocab_size != len(target.embeddings):
+        raise ValueError(
+            f"{path}: made for layers {c.aux_layers} and {c.vocab_size} tokens; this run has layers "
+            f"{target.aux_layers} and {len(target.embeddings)} tokens"
+        )
+    if size is None or size == c.draft_vocab_size:
+        return old.train()
+    if not c.draft_vocab_size < size <= c.vocab_size:
+        expected = f"{c.draft_vocab_size} (what {path} has) to {c.vocab_size}"
+        raise ValueError(f"draft_vocab_size: expected {expected}, found {size}")
+    kept = old.target_ids
+    rank = counts.astype(np.int64).copy()
+    rank[kept.numpy()] = np.iinfo(np.int64).max
+    vocabulary = draft_vocabulary(rank, size)
+    model = DraftModel(replace(c, draft_vocab_size=size))
+    tensors = {k: v for k, v in old.state_dict().items() if k not in ("lm_head.weight", "d2t")}
+    model.load_state_dict(tensors, strict=False)
+    model.lm_head.weight.copy_(target.head.of(vocabulary).weight)
+    model.lm_head.weight[torch.isin(vocabulary, kept)] = old.lm_head.weight
+    model.d2t.copy_(vocabulary - torch.arange(size))
+    return model
+
+
 def channel_rms(x: Tensor) -> Tensor:
     """Root mean square of each channel of x [n, d] after every row was divided by its own."""
     x = x.float()
     x = x / x.pow(2).mean(-1, keepdim=True).sqrt().clamp(min=1e-6)
     return x.pow(2).mean(0).sqrt().clamp(min=1e-3)
+
+
+def norm_gain(norm: Any, like: Tensor) -> Tensor:
+    """What a norm of the target multiplies each channel by, [h]: its weight, or 1 + weight in Gemma's form."""
+    ones = torch.ones_like(norm.weight)
+    flipped = ones.clone()
+    flipped[1::2] = -1  # a mean of 0, so that a LayerNorm leaves it as it is too
+    return (norm(flipped[None])[0] / flipped).to(like)
 
 
 def start_from_last_layer(model: DraftModel, target: Target, features: Features) -> None:
@@ -103,7 +145,7 @@ def start_from_last_layer(model: DraftModel, target: Target, features: Features)
     scales = {"self_attn.o_proj.weight": gain, "mlp.down_proj.weight": gain}
     theirs = dict(source.named_parameters())
     for name, mine in layer.named_parameters():
-        if name in ("input_layernorm.weight", "hidden_norm.weight"):
+        if "norm.weight" in name and "self_attn" not in name:
             continue
         start = theirs.get(name)
         reads_both = name.split(".")[1][:1] in "qkv" and mine.dim() == 2 and name.startswith("self_attn")
@@ -116,4 +158,7 @@ def start_from_last_layer(model: DraftModel, target: Target, features: Features)
             )
         mine.zero_()
         half.copy_(start * scales.get(name, 1.0))
-    layer.hidden_norm.weight.copy_(source.input_layernorm.weight)
+    # Gemma's post_attention_layernorm norms what attention adds; the norm of the MLP's input has another name there.
+    before_mlp = getattr(source, "pre_feedforward_layernorm", None) or source.post_attention_layernorm
+    layer.hidden_norm.weight.copy_(norm_gain(source.input_layernorm, layer.hidden_norm.weight))
+    layer.post_attention_layernorm.weight.copy_(norm_gain(before_mlp, layer.post_attention_layernorm.weight))

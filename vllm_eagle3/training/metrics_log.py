@@ -14,14 +14,15 @@ from torch.utils.tensorboard import SummaryWriter
 class Validation:
     """Greedy acceptance on held-out text.
 
-    alpha [steps]: share of chains whose step j names the target's best token; n_alpha [steps]: the same
-    among chains whose earlier steps were all right; tau: 1 + mean length of the right prefix (tokens per
-    verification).
+    alpha [steps]: share of all places at which step j of a chain drafts the text's token; n_alpha [steps]: the same
+    among chains that decoding would start and whose earlier steps were all right; groups: tokens per verification
+    of each group of sources, the token of the target included; tau: their mean.
     """
 
     alpha: list[float]
     n_alpha: list[float]
     tau: float
+    groups: dict[str, float]
 
 
 class Record:
@@ -53,6 +54,7 @@ class Record:
     def validation(self, row: dict[str, Any], result: Validation) -> None:
         cells = {f"alpha_{j}": x for j, x in enumerate(result.alpha, 1)}
         cells |= {f"n_alpha_{j}": x for j, x in enumerate(result.n_alpha, 1)}
+        cells |= {f"tau_{name}": x for name, x in result.groups.items()}
         self._append("validation.csv", row | {"tau": result.tau} | cells)
         for name, x in ({"tau": result.tau} | cells).items():
             self.board.add_scalar(f"validation/{name}", x, row["step"])

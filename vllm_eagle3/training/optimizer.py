@@ -8,13 +8,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-OPTIMIZERS = ("adamw", "muon")
+from vllm_eagle3.training.settings import OPTIMIZERS
 
 
 def make_optimizers(
-    model: nn.Module, kind: str, lr: float, weight_decay: float
+    model: nn.Module, kind: str, lr: float, muon_lr: float, weight_decay: float
 ) -> list[torch.optim.Optimizer]:
-    """Optimisers that together step every trainable parameter.
+    """Optimisers that together step every trainable parameter; each group of them keeps its rate as "base_lr".
 
     "adamw": AdamW (0.9, 0.95) for all, as in the paper. "muon": Muon for the matrices of the layer and fc, with
     steps as large as AdamW's at the same lr (arXiv 2502.16982); AdamW for the head and the norms.
@@ -32,8 +32,10 @@ def make_optimizers(
     ]
     if matrices:
         optimizers.append(
-            torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+            torch.optim.Muon(matrices, lr=muon_lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
         )
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["base_lr"] = group["lr"]
     return optimizers
 
 

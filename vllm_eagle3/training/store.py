@@ -27,8 +27,9 @@ class FeatureStore:
     states, then last.
 
     `features(batch, documents)` reads what is there and computes, and keeps, what is not: the first epoch
-    fills the store, later ones read it. `fill` does the first part alone. A store serves one target, layer
-    choice and data.
+    fills the store, later ones read it. A store serves one target, layer choice and data. Several processes of a
+    host may share it once one of them has made it: a document's mark is set after its rows, and where two compute
+    the same document either's rows will do.
     """
 
     def __init__(
@@ -37,9 +38,9 @@ class FeatureStore:
         """Raises ValueError for a store of other data or settings, OSError when the disk has too little
         room."""
         self.path, self.target = Path(path), target
-        self.dtype = target.head.dtype
+        self.dtype = target.head.weight.dtype
         self.parts = len(target.aux_layers) + 1
-        self.hidden = target.head.shape[1]
+        self.hidden = target.head.weight.shape[1]
         lengths = [len(d.tokens) for d in documents]
         self.shards, self.where = self._assign(lengths, shard_tokens)
         meta = {
@@ -52,6 +53,7 @@ class FeatureStore:
             "data_sha1": fingerprint(documents),
         }
         self.lengths = lengths
+        self.size = sum(lengths) * self.parts * self.hidden * self.dtype.itemsize
         self._open(meta)
         self.done = np.memmap(self.path / "done.bin", dtype=np.uint8, mode="r+", shape=(len(documents),))
         self.maps = [self._map(i, n) for i, n in enumerate(self.shards)]
@@ -93,7 +95,7 @@ class FeatureStore:
                 )
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        size = meta["tokens"] * self.parts * self.hidden * self.dtype.itemsize
+        size = self.size
         free = shutil.disk_usage(self.path).free
         text = f"{meta['tokens']:,} tokens x {self.parts} states x {self.hidden} = {size / 1e9:.2f} GB"
         if size > 0.95 * free:

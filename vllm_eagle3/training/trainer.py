@@ -6,8 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -15,61 +14,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vllm_eagle3.reference.draft import DraftModel
-from vllm_eagle3.training.data import Batch, Document, fingerprint, make_batch, plan_batches
-from vllm_eagle3.training.features import Features, Target
+from vllm_eagle3.training.data import Document, fingerprint, make_batch, plan_batches
+from vllm_eagle3.training.features import Target
 from vllm_eagle3.training.metrics_log import Record, Validation
 from vllm_eagle3.training.optimizer import WeightAverage, make_optimizers
+from vllm_eagle3.training.ranks import Ranks
+from vllm_eagle3.training.settings import TrainSettings
 from vllm_eagle3.training.state import load_newest, save_state
 from vllm_eagle3.training.store import FeatureStore
-from vllm_eagle3.training.ttt import LossOptions, acceptance, ttt_loss
+from vllm_eagle3.training.ttt import ttt_loss
+from vllm_eagle3.training.validation import ValidationSet
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """How a draft is trained. Paper defaults: AdamW (0.9, 0.95), clip 0.5, lr 5e-5."""
-
-    out: Path
-    max_steps: int | None = None
-    epochs: float = 2.0
-    """Counts where max_steps is None."""
-    loss: LossOptions = field(default_factory=LossOptions)
-    lr: float = 5e-5
-    warmup_share: float = 0.02
-    decay_share: float = 0.98
-    weight_decay: float = 0.0
-    optimizer: str = "adamw"
-    """One of optimizer.OPTIMIZERS."""
-    ema: float = 0.0
-    """Decay of the running average of the weights, which is then what is validated and exported; 0: none."""
-    clip: float = 0.5
-    batch_tokens: int = 4096
-    accumulate: int = 1
-    seed: int = 0
-    autocast: bool = True
-    save_every: int = 100
-    eval_every: int = 100
-    patience: int = 0
-    """Stop after this many validations without a better tau; 0: never."""
-    keep: int = 2
-
-    def __post_init__(self) -> None:
-        for name in ("batch_tokens", "accumulate", "save_every", "eval_every", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
-        if self.max_steps is not None and self.max_steps < 1:
-            raise ValueError(f"max_steps: expected at least 1, found {self.max_steps}")
-        if self.epochs <= 0:
-            raise ValueError(f"epochs: expected more than 0, found {self.epochs}")
-
-    def lr_at(self, step: int, total: int) -> float:
-        """Linear warm-up, constant, then linear decay to a twentieth over the last decay_share of `total`
-        steps."""
-        warm = max(1, round(self.warmup_share * total))
-        decay = max(1, round(self.decay_share * total))
-        left = min(1.0, (total - step) / decay)
-        return self.lr * min((step + 1) / warm, 0.05 + 0.95 * left)
 
 
 @dataclass
@@ -84,8 +40,19 @@ class Position:
     stale: int = 0
 
 
+@dataclass(frozen=True)
+class TrainData:
+    """What a trainer reads: documents with their weights (uses an epoch; None: 1 each), their features on disk if
+    they are kept, and what it validates on."""
+
+    documents: Sequence[Document]
+    validation: ValidationSet | None = None
+    store: FeatureStore | None = None
+    weights: Sequence[float] | None = None
+
+
 class Trainer:
-    """Trains `model` on `documents`. State on disk: out/state/step-N.pt, written whole or not at all.
+    """Trains `model` on `data`. State on disk: out/state/step-N.pt, written whole or not at all.
 
     `on_save` and `on_best` are called by rank 0 after a state was written and after validation found a
     better tau.
@@ -96,48 +63,54 @@ class Trainer:
         settings: TrainSettings,
         model: DraftModel,
         target: Target,
-        documents: Sequence[Document],
-        validation: Sequence[Document],
-        store: FeatureStore | None = None,
+        data: TrainData,
+        ranks: Ranks | None = None,
         on_save: Callable[[Trainer], None] | None = None,
         on_best: Callable[[Trainer], None] | None = None,
     ) -> None:
-        if not documents:
+        if not data.documents:
             raise ValueError("no documents to train on: is everything held out for validation?")
         self.settings = settings
         self.model = model.to(target.device)
         self.model.embed_tokens.to(target.embeddings.dtype)
-        self.target, self.store = target, store
-        self.documents = documents
+        self.target, self.data = target, data
         self.on_save, self.on_best = on_save, on_best
-        self.data_sha1 = fingerprint(documents)
-        self.head = target.head[model.target_ids.to(target.head.device)]
+        self.data_sha1 = fingerprint(data.documents)
+        self.head = target.head.of(model.target_ids)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizers = make_optimizers(model, settings.optimizer, settings.lr, settings.weight_decay)
+        self.optimizers = make_optimizers(
+            model, settings.optimizer, settings.lr, settings.muon_lr or settings.lr, settings.weight_decay
+        )
         self.average = WeightAverage(self.parameters, settings.ema)
-        self.world = dist.get_world_size() if dist.is_initialized() else 1
-        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.ranks = ranks or Ranks()
         self.at = Position()
-        self.lengths = [len(d.tokens) for d in documents]
-        self.plan = self._plan(self.lengths, 0)
-        per_epoch = len(self.plan) / (settings.accumulate * self.world)
-        self.max_steps = settings.max_steps or max(1, round(settings.epochs * per_epoch))
-        self.record = Record(settings.out) if self.rank == 0 else None
+        self.lengths = [len(d.tokens) for d in data.documents]
+        self.answers = [int(d.mask.sum()) for d in data.documents]
+        self.plan = self._plan(0)
+        self.max_steps = settings.max_steps or self._steps()
+        self.record = Record(settings.out) if self.ranks.rank == 0 else None
         self.last_validation: Validation | None = None
-        groups = self._plan([len(d.tokens) for d in validation], 0) if validation else []
-        self.validation = [self._validation_batch(make_batch([validation[i] for i in g])) for g in groups]
 
-    def _plan(self, lengths: Sequence[int], epoch: int) -> list[list[int]]:
-        return plan_batches(lengths, self.settings.batch_tokens, self.settings.seed, epoch)
+    def _plan(self, epoch: int) -> list[list[int]]:
+        s = self.settings
+        return plan_batches(self.lengths, s.batch_tokens, s.seed, epoch, self.data.weights)
 
-    def _validation_batch(self, batch: Batch) -> tuple[Batch, Features, Tensor]:
-        batch = batch.to(self.target.device)
-        features = self.target.features(batch)
-        best = torch.cat([(part @ self.target.head.T).argmax(-1) for part in features.last.split(512)])
-        return batch, features, best
+    def _steps(self) -> int:
+        """Optimiser steps of `tokens` answer tokens, or of `epochs`."""
+        s = self.settings
+        per_epoch = len(self.plan) / (s.accumulate * self.ranks.world)
+        epochs = s.epochs
+        if s.tokens is not None:
+            epochs = s.tokens / self.answer_tokens
+        return max(1, round(epochs * per_epoch))
+
+    @property
+    def answer_tokens(self) -> int:
+        """Of this epoch's plan."""
+        return sum(self.answers[i] for group in self.plan for i in group)
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast(self.target.device.type, dtype=torch.bfloat16, enabled=self.settings.autocast)
+        return torch.autocast(self.target.device.type, dtype=torch.bfloat16, enabled=not self.settings.fp32)
 
     def train(self) -> None:
         """Train from where the state on disk ends to max_steps, or until `patience` validations brought
@@ -145,21 +118,25 @@ class Trainer:
         s = self.settings
         self.resume()
         bar = tqdm(
-            total=self.max_steps, initial=self.at.step, unit="step", smoothing=0.05, disable=self.rank > 0
+            total=self.max_steps,
+            initial=self.at.step,
+            unit="step",
+            smoothing=0.05,
+            disable=self.ranks.rank > 0,
         )
         started, seen = time.monotonic(), self.at.tokens
         while self.at.step < self.max_steps and not (s.patience and self.at.stale >= s.patience):
             losses = self.train_step()
             rate = (self.at.tokens - seen) / (time.monotonic() - started)
-            bar.set_postfix_str(f"loss {losses[0]:.3f} .. {losses[-1]:.3f}, {rate:.0f} answer tokens/s")
+            tau = f", tau {self.last_validation.tau:.2f}" if self.last_validation else ""
+            bar.set_postfix_str(f"loss {losses[0]:.3f} .. {losses[-1]:.3f}, {rate:.0f} answer tokens/s{tau}")
             bar.update()
             row = {"step": self.at.step, "epoch": self.at.epoch, "tokens": self.at.tokens}
             if self.record:
-                self.record.train(
-                    row | {"lr": s.lr_at(self.at.step - 1, self.max_steps), "tokens_per_s": rate}, losses
-                )
+                lr = s.lr * s.rate_at(self.at.step - 1, self.max_steps)
+                self.record.train(row | {"lr": lr, "tokens_per_s": rate}, losses)
             last = self.at.step == self.max_steps
-            if self.validation and (last or self.at.step % s.eval_every == 0):
+            if self.data.validation and (last or self.at.step % s.eval_every == 0):
                 self._validate(row)
             if last or self.at.step % s.save_every == 0:
                 self.save()
@@ -168,29 +145,38 @@ class Trainer:
     def _next_group(self) -> list[int]:
         if self.at.place == len(self.plan):
             self.at.epoch, self.at.place = self.at.epoch + 1, 0
-            self.plan = self._plan(self.lengths, self.at.epoch)
+            self.plan = self._plan(self.at.epoch)
         self.at.place += 1
         return self.plan[self.at.place - 1]
+
+    def batch_loss(self, group: Sequence[int], draw: int) -> tuple[Tensor, Tensor]:
+        """`ttt_loss` of the documents `group`; `draw` numbers the batch, and so the chains that are drawn for
+        it: the same after a resume and whichever rank computes it."""
+        s, data = self.settings, self.data
+        batch = make_batch([data.documents[i] for i in group]).to(self.target.device)
+        features = data.store.features(batch, group) if data.store else self.target.features(batch)
+        generator = torch.Generator().manual_seed((s.seed << 32) + draw)
+        with self.autocast():
+            return ttt_loss(self.model, batch, features, self.head, s.loss, generator)
 
     def train_step(self) -> list[float]:
         """One optimiser step over accumulate x ranks batches; returns the mean loss of each simulated
         step."""
-        s = self.settings
-        groups = [self._next_group() for _ in range(s.accumulate * self.world)]
+        s, world = self.settings, self.ranks.world
+        batches = s.accumulate * world
+        groups = [self._next_group() for _ in range(batches)]
         self.model.train()
         means = torch.zeros(s.loss.steps, device=self.target.device)
-        for group in groups[self.rank :: self.world]:
-            batch = make_batch([self.documents[i] for i in group]).to(self.target.device)
-            features = self.store.features(batch, group) if self.store else self.target.features(batch)
-            with self.autocast():
-                loss, parts = ttt_loss(self.model, batch, features, self.head, s.loss)
-            (loss / (s.accumulate * self.world)).backward()
-            means += parts / (s.accumulate * self.world)
-        if self.world > 1:
+        for i in range(self.ranks.rank, batches, world):
+            loss, parts = self.batch_loss(groups[i], self.at.step * batches + i)
+            (loss / batches).backward()
+            means += parts / batches
+        if world > 1:
             for tensor in [p.grad for p in self.parameters if p.grad is not None] + [means]:
                 dist.all_reduce(tensor)
+        factor = s.rate_at(self.at.step, self.max_steps)
         for group_ in (group for optimizer in self.optimizers for group in optimizer.param_groups):
-            group_["lr"] = s.lr_at(self.at.step, self.max_steps)
+            group_["lr"] = group_["base_lr"] * factor
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, s.clip)
         if not (math.isfinite(float(norm)) and math.isfinite(float(means.sum()))):
             raise FloatingPointError(
@@ -202,8 +188,15 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         self.at.step += 1
         self.average.update(self.at.step)
-        self.at.tokens += sum(int(self.documents[i].mask.sum()) for group in groups for i in group)
+        self.at.tokens += sum(self.answers[i] for group in groups for i in group)
         return means.tolist()
+
+    def evaluate(self) -> Validation:
+        """Validation of the weights as they are; every rank validates its part. Needs validation documents."""
+        assert self.data.validation is not None
+        self.model.eval()
+        with self.autocast():
+            return self.data.validation.measure(self.model, self.settings.chain, self.ranks)
 
     def _validate(self, row: dict[str, int]) -> None:
         with self.average.applied():
@@ -213,39 +206,38 @@ class Trainer:
         self.at.stale = 0 if better else self.at.stale + 1
         if self.record:
             self.record.validation(row, result)
-            if better and self.on_best:
-                self.on_best(self)
-
-    def evaluate(self) -> Validation:
-        """Greedy acceptance of every simulated step on the validation documents, with the weights as they are."""
-        steps = self.settings.loss.steps
-        hits, chances, tries, streaks = torch.zeros(4, steps, dtype=torch.float64)
-        self.model.eval()
-        for batch, features, best in self.validation:
-            with self.autocast():
-                right, valid = acceptance(self.model, batch, features, best, steps)
-            streak = (right & valid).long().cumprod(0).bool()
-            hits += (right & valid).sum(1).cpu()
-            chances += valid.sum(1).cpu()
-            tries += torch.cat([valid[:1], streak[:-1] & valid[1:]]).sum(1).cpu()
-            streaks += streak.sum(1).cpu()
-        n_alpha = streaks / tries.clamp(min=1)
-        return Validation(
-            (hits / chances.clamp(min=1)).tolist(), n_alpha.tolist(), 1 + float(n_alpha.cumprod(0).sum())
-        )
+        best = self.on_best if better and self.ranks.rank == 0 else None
+        self.ranks.together(lambda: best(self) if best else None)
 
     def save(self) -> None:
-        """Write the state (rank 0) and call `on_save`."""
-        if self.rank == 0:
+        """Write the state (rank 0) and call `on_save`; the other ranks wait, and end if it fails."""
+
+        def write() -> None:
             save_state(self)
             if self.on_save:
                 self.on_save(self)
+
+        self.ranks.together(write if self.ranks.rank == 0 else None)
 
     def resume(self) -> None:
         """Continue from the newest state on disk, if there is one. Raises ValueError when it is of other
         data."""
         if load_newest(self):
-            self.plan = self._plan(self.lengths, self.at.epoch)
+            self.plan = self._plan(self.at.epoch)
             if self.record:
                 self.record.rewind(self.at.step)
             logger.info("resumed at step %d of %s", self.at.step, self.settings.out)
+
+    def start_average(self) -> None:
+        """Begin the average at the weights as they are: for a trainer made before an earlier stage changed them."""
+        self.average = WeightAverage(self.parameters, self.settings.ema)
+
+    def finish(self, before: Sequence[Tensor] | None = None) -> None:
+        """Leave the result of the run in the model: the average if there is one, blended with the parameters
+        `before`, those that the run started from."""
+        with torch.no_grad():
+            for parameter, average in zip(self.parameters, self.average.average, strict=False):
+                parameter.copy_(average)
+            if self.settings.blend < 1 and before is not None:
+                for parameter, old in zip(self.parameters, before, strict=True):
+                    parameter.lerp_(old, 1 - self.settings.blend)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +14,15 @@ from vllm_eagle3.reference.draft import DraftModel
 from vllm_eagle3.training.attention import FlashAttention, FlexAttention, Layout
 from vllm_eagle3.training.copying import copy_loss
 from vllm_eagle3.training.data import Batch
-from vllm_eagle3.training.features import Features
+from vllm_eagle3.training.features import Features, TargetHead
 from vllm_eagle3.training.losses import FusedHeadLoss
+from vllm_eagle3.training.settings import LossOptions
 
 
 @dataclass(frozen=True)
 class Chains:
-    """Which chains a batch trains. rows [R]: stream index p of each; valid [steps, R]: step j has a label.
+    """Which chains a batch trains. rows [R]: stream index p of each; valid [steps, R]: step j has a label; later
+    [R']: which of the rows (0..R-1) are simulated beyond step 1.
 
     A chain at p reads g(p) and the token p + 1, so its step j predicts token p + j + 1 and is scored against
     the target's distribution at p + j. It is valid when tokens p + 1 .. p + j + 1 are all answer tokens of
@@ -29,26 +31,66 @@ class Chains:
 
     rows: Tensor
     valid: Tensor
+    later: Tensor
+    candidates: int
+    """Chains that have a label at step 2: those from which `later` was drawn."""
 
     @staticmethod
-    def build(batch: Batch, steps: int) -> Chains:
+    def build(
+        batch: Batch, steps: int, share: float = 1.0, generator: torch.Generator | None = None
+    ) -> Chains:
+        """share: which part of the chains that have a label at step 2 is simulated beyond step 1, drawn by
+        `generator`."""
         total = len(batch.tokens)
         document = batch.documents()
         stream = torch.arange(total, device=batch.tokens.device)
         alive = torch.ones(total, dtype=torch.bool, device=batch.tokens.device)
-        valid = []
+        labelled = []
         for offset in range(1, steps + 2):
             ahead = (stream + offset).clamp(max=total - 1)
             alive = alive & (stream + offset < total) & (document[ahead] == document) & batch.mask[ahead]
             if offset > 1:
-                valid.append(alive)
-        rows = valid[0].nonzero()[:, 0]
-        return Chains(rows, torch.stack(valid)[:, rows])
+                labelled.append(alive)
+        rows = labelled[0].nonzero()[:, 0]
+        valid = torch.stack(labelled)[:, rows]
+        longer = valid[min(1, steps - 1)].nonzero()[:, 0]
+        later = longer
+        if share < 1:
+            drawn = torch.randperm(len(longer), generator=generator)[: math.ceil(share * len(longer))]
+            later = longer[drawn.sort().values.to(longer.device)]
+        return Chains(rows, valid, later, len(longer))
 
     def at(self, offset: int, total: int) -> Tensor:
         """Stream index p + offset of every chain [R]; where that is past the stream its last index (never
         valid)."""
         return (self.rows + offset).clamp(max=total - 1)
+
+    def scored(self, weights: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Of each step: which rows the head scores, and the weight of each row's loss.
+
+        The sum over rows of weight times loss is weights[j] times the mean over all valid rows of step j, or an
+        unbiased estimate of it: a chain of `later` stands for candidates / R' of them.
+        """
+        parts = []
+        for j, (valid, weight) in enumerate(zip(self.valid, weights, strict=True)):
+            scale = weight / valid.sum().clamp(min=1)
+            if j == 0:
+                parts.append((torch.arange(len(self.rows), device=valid.device), scale.expand(len(valid))))
+            else:
+                rows = self.later[valid[self.later]]
+                parts.append((rows, (scale * self.candidates / max(1, len(self.later))).expand(len(rows))))
+        return parts
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """states: a of each simulated step, [R, h] of step 1 and [R', h] of the later ones; q [R, H, d] and k
+    [T, H, d] of step 1, keys repeated for their query heads."""
+
+    states: list[Tensor]
+    q: Tensor
+    k: Tensor
+    layout: Layout
 
 
 def simulate(
@@ -58,17 +100,16 @@ def simulate(
     chains: Chains,
     steps: int,
     recompute: bool = False,
-    watch: Callable[[Tensor, Tensor, Layout], None] | None = None,
-) -> list[Tensor]:
-    """a [R, h] of every simulated step.
+) -> Simulated:
+    """The simulated steps of all chains.
 
-    Step 1 reads the target's features; step j reads the draft's own a of step j - 1 and the true token p +
-    j, at RoPE position p + j - 1, attending to step-1 keys up to p and to its own chain.
+    Step 1 reads the target's features; step j, of the chains in `chains.later`, reads the draft's own a of step
+    j - 1 and the true token p + j, at RoPE position p + j - 1, attending to step-1 keys up to p and to its own
+    chain.
     recompute: keep only each step's inputs for backward (less memory, about a third more work).
-    watch: called with the queries [R, H, d] and keys [T, H, d] of step 1.
     """
     layer, attn = model.draft_layer, model.draft_layer.self_attn
-    rows = chains.rows
+    rows, later = chains.rows, chains.later
     layout = Layout.build(batch.lengths, rows)
     groups = model.config.num_attention_heads // model.config.num_key_value_heads
     total = len(batch.tokens)
@@ -76,12 +117,14 @@ def simulate(
     x, residual = layer.inputs(model.embed(batch.tokens.roll(-1)), model.fuse(features.aux))
     cos, sin = model.rotary(layout.positions)
     k1, v1 = (t.repeat_interleave(groups, dim=1) for t in attn.key_value(x, cos, sin))
-    attend = (FlashAttention if k1.device.type == "cpu" else FlexAttention)(layout, k1, v1)
+    attention = FlashAttention if k1.device.type == "cpu" else FlexAttention
     q = attn.query(x[rows], cos[rows], sin[rows])
-    if watch is not None:
-        watch(q, k1, layout)
     none = q.new_empty(len(q), 0, *q.shape[1:])
-    a = layer.output(attend(q, none, none), residual[rows])
+    a = layer.output(attention(layout, k1, v1)(q, none, none), residual[rows])
+    states = [a]
+    if steps == 1:
+        return Simulated(states, q, k1, layout)
+    attend = attention(replace(layout, rows=rows[later]), k1, v1)
 
     def one_step(
         a: Tensor, kc: Tensor, vc: Tensor, tokens: Tensor, positions: Tensor
@@ -92,100 +135,94 @@ def simulate(
         kc, vc = torch.cat([kc, k[:, None]], dim=1), torch.cat([vc, v[:, None]], dim=1)
         return layer.output(attend(attn.query(x, cos, sin), kc, vc), residual), kc, vc
 
-    states, kc, vc = [a], none, none
+    a, kc, vc = a[later], none[later], none[later]
     for step in range(2, steps + 1):
-        inputs = (states[-1], kc, vc, batch.tokens[chains.at(step, total)], layout.positions[rows] + step - 1)
+        inputs = (
+            a,
+            kc,
+            vc,
+            batch.tokens[chains.at(step, total)[later]],
+            layout.positions[rows[later]] + step - 1,
+        )
         a, kc, vc = checkpoint(one_step, *inputs, use_reentrant=False) if recompute else one_step(*inputs)
         states.append(a)
-    return states
+    return Simulated(states, q, k1, layout)
 
 
-def target_table(features: Features, head: Tensor, chains: Chains, steps: int) -> tuple[Tensor, Tensor]:
-    """Target probabilities over the draft vocabulary for every position the chains are scored at.
+def target_table(features: Features, head: TargetHead, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Target probabilities over the draft vocabulary at the stream indices `positions` (with repeats).
 
-    head [draft_vocab, ht]: the target's rows of the draft vocabulary. Returns (table [m, draft_vocab] in the
-    dtype of the features, place [T]: a stream index's row in the table).
+    head: the target's head, rows of the draft vocabulary. Returns (table [m, draft_vocab] in the dtype of the
+    features, index [len(positions)]: each position's row in the table).
     """
-    total = len(features.last)
-    needed = torch.zeros(total, dtype=torch.bool, device=features.last.device)
-    for step in range(1, steps + 1):
-        needed[chains.at(step, total)] = True
+    needed, index = positions.unique(return_inverse=True)
     states = features.last[needed]
-    table = states.new_empty(len(states), len(head))
+    table = states.new_empty(len(states), len(head.weight))
     with torch.autocast(states.device.type, enabled=False):
         for start in range(0, len(states), 256):
             part = slice(start, start + 256)
-            table[part] = torch.softmax((states[part] @ head.T).float(), dim=-1)
-    return table, needed.cumsum(0) - 1
-
-
-@dataclass(frozen=True)
-class LossOptions:
-    """steps: simulated steps; decay: step j weighs decay^(j-1); kind: one of losses.KINDS.
-
-    feature_loss: weight of smooth L1 between the normed a and the normed last state of the target it stands
-    for (EAGLE-2's second loss; 0: none). copy_loss: weight of `copying.copy_loss` on the query heads of the last
-    key head. recompute: see `simulate`.
-    """
-
-    steps: int = 7
-    decay: float = 0.8
-    kind: str = "soft_ce"
-    feature_loss: float = 0.0
-    copy_loss: float = 0.0
-    recompute: bool = False
+            table[part] = torch.softmax(head.logits(states[part]), dim=-1)
+    return table, index
 
 
 def ttt_loss(
-    model: DraftModel, batch: Batch, features: Features, head: Tensor, options: LossOptions
+    model: DraftModel,
+    batch: Batch,
+    features: Features,
+    head: TargetHead,
+    options: LossOptions,
+    generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Loss of a batch: (scalar, per-step means [steps], without gradient).
 
-    The scalar is the mean over valid rows of each step, weighted decay^(j-1), over the sum of the weights.
+    The scalar is the mean over valid rows of each step, weighted decay^(j-1), over the sum of the weights; with
+    `chain_share` below 1 an unbiased estimate of it, by chains that `generator` draws.
     Raises ValueError for a batch without any chain.
     """
     steps, total = options.steps, len(batch.tokens)
-    chains = Chains.build(batch, steps)
+    chains = Chains.build(batch, steps, options.chain_share, generator)
     if not len(chains.rows):
         raise ValueError(
             "a batch has no two answer tokens in a row: nothing can be drafted, so nothing learned"
         )
-    table, place = target_table(features, head, chains, steps)
-    copied: list[Tensor] = []
-
-    def watch(q: Tensor, k: Tensor, layout: Layout) -> None:
-        heads = model.config.num_attention_heads // model.config.num_key_value_heads
-        copied.append(copy_loss(q, k, batch, layout, heads))
-
-    states = simulate(
-        model, batch, features, chains, steps, options.recompute, watch if options.copy_loss else None
+    run = simulate(model, batch, features, chains, steps, options.recompute)
+    weights = options.decay ** torch.arange(steps, dtype=torch.float32, device=run.q.device)
+    scored = chains.scored(weights / weights.sum())
+    positions = torch.cat([chains.at(j, total)[rows] for j, (rows, _) in enumerate(scored, 1)])
+    place = torch.full_like(chains.rows, -1)  # of a chain in the states of the later steps
+    place[chains.later] = torch.arange(len(chains.later), device=place.device)
+    a = torch.cat(
+        [run.states[0], *(s[place[rows]] for s, (rows, _) in zip(run.states[1:], scored[1:], strict=True))]
     )
-    a = torch.cat(states)
-    weights = options.decay ** torch.arange(steps, dtype=torch.float32, device=a.device)
-    means = chains.valid.float() / chains.valid.sum(1, keepdim=True).clamp(min=1)
-    scale = (means * (weights / weights.sum())[:, None]).flatten()
-    scored = torch.cat([chains.at(j, total) for j in range(1, steps + 1)])
+    scale = torch.cat([scale for _, scale in scored])
+    table, index = target_table(features, head, positions)
     normed = model.norm(a)
-    loss, rows = FusedHeadLoss.apply(normed, model.lm_head.weight, table, place[scored], scale, options.kind)
+    loss, losses = FusedHeadLoss.apply(normed, model.lm_head.weight, table, index, scale, options.kind)
     if options.feature_loss:
-        distance = F.smooth_l1_loss(normed.float(), features.last[scored].float(), reduction="none").mean(-1)
+        distance = F.smooth_l1_loss(normed.float(), features.last[positions].float(), reduction="none").mean(
+            -1
+        )
         loss = loss + options.feature_loss * (distance * scale).sum()
-    if copied:
-        loss = loss + options.copy_loss * copied[0]
-    return loss, (rows.view(steps, -1) * means).sum(1).detach()
+    if options.copy_loss:
+        heads = model.config.num_attention_heads // model.config.num_key_value_heads
+        loss = loss + options.copy_loss * copy_loss(run.q, run.k, batch, run.layout, heads)
+    parts = (losses * scale).split([len(rows) for rows, _ in scored])
+    return loss, torch.stack([part.sum() for part in parts]).detach() / (weights / weights.sum())
 
 
 @torch.no_grad()
 def acceptance(
-    model: DraftModel, batch: Batch, features: Features, best: Tensor, steps: int
-) -> tuple[Tensor, Tensor]:
-    """Greedy hits of each step: (right [steps, R] bool, valid [steps, R] bool).
+    model: DraftModel, batch: Batch, features: Features, steps: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Greedy chains of `steps` drafts against the text: (rows [R], right [steps, R] bool, valid [steps, R] bool).
 
-    best [T]: the target's argmax over the full vocabulary at every position.
+    Step j of the chain at p is right when the drafted token is token p + j + 1, which is the token that the next
+    step is fed: on a greedy answer this is what decoding accepts.
     """
     chains = Chains.build(batch, steps)
-    right = []
-    for j, a in enumerate(simulate(model, batch, features, chains, steps), 1):
+    right = torch.zeros_like(chains.valid)
+    for j, a in enumerate(simulate(model, batch, features, chains, steps).states, 1):
+        rows = slice(None) if j == 1 else chains.later
         drafted = model.draft_to_target(model.logits(a).argmax(-1))
-        right.append(drafted == best[chains.at(j, len(best))])
-    return torch.stack(right), chains.valid
+        right[j - 1, rows] = drafted == batch.tokens[chains.at(j + 1, len(batch.tokens))][rows]
+    return chains.rows, right & chains.valid, chains.valid

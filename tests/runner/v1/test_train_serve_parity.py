@@ -63,7 +63,8 @@ def test_logits_of_every_step(engine, tmp_path, flags):
     chains = Chains.build(batch, STEPS)
     row = chains.rows.tolist().index(len(PROMPT) - 1)
     with torch.no_grad():
-        states = simulate(model, batch, reader.features(batch), chains, STEPS)
-        trained = torch.stack([model.logits(a[row]) for a in states])
+        states = simulate(model, batch, reader.features(batch), chains, STEPS).states
+        later = chains.later.tolist().index(row)
+        trained = torch.stack([model.logits(a[later if j else row]) for j, a in enumerate(states)])
     torch.testing.assert_close(served.float(), trained, atol=1e-4, rtol=1e-4)
     assert model.draft_to_target(trained.argmax(-1)).tolist() == drafts.tolist()

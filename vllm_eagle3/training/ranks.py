@@ -1,0 +1,74 @@
+"""The processes of a run that torchrun started: who is who, and how a failure of one ends all of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+# Answering prompts or filling a disk takes as long as it takes: no rank gives up on the others by the clock.
+PATIENCE = timedelta(days=30)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among `world`: its number, its number on this host and its device.
+
+    control: a gloo group without a time limit, for everything but gradients; None for a single process.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local: int = 0
+    device: str = "cpu"
+    control: Any = None
+
+    @staticmethod
+    def join(device: str) -> Ranks:
+        """Join the process group that torchrun announces in the environment, if it does."""
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        if "RANK" not in os.environ or world == 1:
+            return Ranks(device=device)
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        if device == "cuda":
+            torch.cuda.set_device(local)
+            device = f"cuda:{local}"
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        control = dist.new_group(backend="gloo", timeout=PATIENCE)
+        return Ranks(dist.get_rank(), world, local, device, control)
+
+    def together(self, action: Callable[[], T] | None) -> T | None:
+        """Run `action` (None: nothing to do on this rank) and wait until every rank is done.
+
+        Where it fails on one rank, that rank raises its own error and all others RuntimeError with its message.
+        """
+        result, error = None, None
+        try:
+            result = action() if action else None
+        except Exception as caught:
+            if self.world == 1:
+                raise
+            error = caught
+        if self.world > 1:
+            messages: list[str | None] = [None] * self.world
+            dist.all_gather_object(messages, str(error) if error else None, group=self.control)
+            if error:
+                raise error
+            for rank, message in enumerate(messages):
+                if message is not None:
+                    raise RuntimeError(f"rank {rank} failed: {message}")
+        return result
+
+    def sum(self, values: Tensor) -> Tensor:
+        """`values`, on the CPU, summed over the ranks."""
+        if self.world > 1:
+            dist.all_reduce(values, group=self.control)
+        return values
