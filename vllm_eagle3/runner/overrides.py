@@ -12,6 +12,7 @@ _AUTOREGRESSIVE = "vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator
 _MODEL_STATES = "vllm.v1.worker.gpu.model_states"
 _CPU_ATTENTION = "vllm.v1.attention.backends.cpu_attn"
 _TRITON_ATTENTION = "vllm.v1.attention.backends.triton_attn"
+_FLASH_ATTENTION = "vllm.v1.attention.backends.flash_attn"
 
 _NO_HOOK = "vLLM lets a plugin choose the number of drafts of a step"
 _NO_REGISTRY = "vLLM has a registry of proposers (vllm-project/vllm#36219)"
@@ -235,6 +236,34 @@ SUBCLASSES = (
             forward=_ATTENTION_FORWARD,
         ),
         reason="vLLM's Triton attention knows causal masks only",
+        remove_when=_NO_TREES,
+    ),
+    Subclass(
+        "vllm_eagle3.runner.v2.tree_flash_attention:TreeFlashAttentionBackend",
+        _methods(_FLASH_ATTENTION, "FlashAttentionBackend", get_name="", get_impl_cls="", get_builder_cls=""),
+        reason="FlashAttention knows causal masks only",
+        remove_when=_NO_TREES,
+    ),
+    Subclass(
+        "vllm_eagle3.runner.v2.tree_flash_attention:TreeFlashAttentionBuilder",
+        _methods(
+            _FLASH_ATTENTION,
+            "FlashAttentionMetadataBuilder",
+            get_cudagraph_support="cls, vllm_config, kv_cache_spec",
+        ),
+        reason="which rows verify trees changes from one mixed batch to the next, and a CUDA graph would keep it",
+        remove_when=_NO_TREES,
+    ),
+    Subclass(
+        "vllm_eagle3.runner.v2.tree_flash_attention:TreeFlashAttentionImpl",
+        _methods(
+            _FLASH_ATTENTION,
+            "FlashAttentionImpl",
+            __init__="self, num_heads, head_size, scale, num_kv_heads, alibi_slopes, sliding_window, "
+            "kv_cache_dtype, logits_soft_cap, attn_type, kv_sharing_target_layer_name, sinks",
+            forward=_ATTENTION_FORWARD,
+        ),
+        reason="FlashAttention knows causal masks only",
         remove_when=_NO_TREES,
     ),
 )

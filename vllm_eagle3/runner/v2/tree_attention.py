@@ -5,38 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from vllm.platforms import current_platform
-from vllm.v1.attention import selector
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
-from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend, TritonAttentionImpl
 
 from vllm_eagle3.kernels import path_attention, tree_attention
 from vllm_eagle3.runner.v2.tree_limits import USE_A_CHAIN
 from vllm_eagle3.tree.mask import TreeMask
-
-
-def select_tree_attention(vllm_config: Any) -> None:
-    """Make the layers that this process builds from now on use tree attention.
-
-    The CPU platform ignores the selected backend, so its only backend is overridden.
-
-    Raises:
-        ValueError: the user chose another backend.
-    """
-    if current_platform.is_cpu():
-        register_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}.TreeCPUAttentionBackend")
-    else:
-        chosen = vllm_config.attention_config.backend
-        if chosen not in (None, AttentionBackendEnum.TRITON_ATTN, AttentionBackendEnum.CUSTOM):
-            raise ValueError(
-                f"attention_config.backend: draft trees need this project's attention, which builds on TRITON_ATTN; "
-                f"expected TRITON_ATTN or no backend, found {chosen.name}. Leave it out, or {USE_A_CHAIN}"
-            )
-        register_backend(AttentionBackendEnum.CUSTOM, f"{__name__}.TreeTritonAttentionBackend")
-        vllm_config.attention_config.backend = AttentionBackendEnum.CUSTOM
-    selector._cached_get_attn_backend.cache_clear()
 
 
 def with_tree(metadata: Any, mask: TreeMask) -> Any:

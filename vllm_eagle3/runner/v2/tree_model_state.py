@@ -9,6 +9,7 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm_eagle3.config import Eagle3Options
 from vllm_eagle3.kernels import KVTable, commit_kv, kv_table
 from vllm_eagle3.runner.v2.tree_attention import with_tree
+from vllm_eagle3.runner.v2.tree_flash_attention import is_flash, tree_rows
 from vllm_eagle3.runner.v2.tree_limits import needs_chain
 from vllm_eagle3.runner.v2.tree_rejection_sampler import TreeRejectionSampler
 from vllm_eagle3.runner.v2.tree_state import TreeState
@@ -64,14 +65,24 @@ class TreeModelState(DefaultModelState):
             slot_mappings,
             has_drafts,
         )
-        if not (has_drafts or kwargs.get("for_capture")):
+        scheduled = input_batch.num_scheduled_tokens[:batch]
+        # A CUDA graph of single rows is for steps without drafts.
+        captures_trees = kwargs.get("for_capture", False) and int(scheduled.max()) > 1
+        if not (has_drafts or captures_trees):
             return metadata  # no trees: stock attention
         layers = self.vllm_config.compilation_config.static_forward_context
         masked: dict[int, Any] = {}
         for name, layer_metadata in (metadata or {}).items():
             if not getattr(layers[name], "is_draft_layer", False):
                 key = id(layer_metadata)
-                masked[key] = masked.get(key) or with_tree(layer_metadata, mask)
+                if key not in masked:
+                    masked[key] = with_tree(layer_metadata, mask)
+                    if is_flash(layer_metadata):
+                        prefix_lens = self.tree_state.prefix_lens[: len(layer_metadata.seq_lens)]
+                        drafts = input_batch.num_draft_tokens_per_req
+                        masked[key].tree_rows = tree_rows(
+                            layer_metadata, mask, prefix_lens, scheduled, drafts
+                        )
                 metadata[name] = masked[key]
         return metadata
 

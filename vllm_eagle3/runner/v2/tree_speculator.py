@@ -16,8 +16,9 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm_eagle3.config import Eagle3Options, TreeOptions
 from vllm_eagle3.kernels import MOST_LOGITS
 from vllm_eagle3.runner.v2.accepted_rows import accepted_rows
+from vllm_eagle3.runner.v2.select_attention import select_tree_attention
 from vllm_eagle3.runner.v2.speculator import Eagle3Speculator
-from vllm_eagle3.runner.v2.tree_attention import PathMetadata, select_tree_attention
+from vllm_eagle3.runner.v2.tree_attention import PathMetadata
 from vllm_eagle3.runner.v2.tree_limits import USE_A_CHAIN, refuse_unsupported
 from vllm_eagle3.runner.v2.tree_model_state import TreeModelState
 from vllm_eagle3.runner.v2.tree_state import TreeState

@@ -43,6 +43,9 @@ class TreeState:
         self.chain_only = torch.zeros(requests, dtype=torch.bool, device=device)
         # The addresses stay, because a CUDA graph of the target may hold them.
         self.mask = TreeMask(root=zeros(tokens), bits=zeros(tokens) + 1, positions=zeros(tokens))
+        self.prefix_lens = torch.zeros(
+            requests, dtype=torch.int32, device=device
+        )  # of the batch's requests, in order
         self.step: TreeStep | None = None
 
     def add_request(self, request: int, chain_only: bool) -> None:
@@ -78,6 +81,8 @@ class TreeState:
         depth, bits = ancestor_bits(self.parents[requests])
         self.depth[requests] = depth.long()
         self.path[requests] = self.node_ids
+        self.prefix_lens.zero_()
+        self.prefix_lens[: len(roots)] = linear_positions[roots[:, 0]].int()
         mask = TreeMask(*(buffer[: len(linear_positions)] for buffer in self.mask))
         mask.fill(linear_positions, rows, used, depth, bits)
         return mask
