@@ -13,16 +13,19 @@ import pytest
 
 import vllm_eagle3.model
 import vllm_eagle3.runner
-from vllm_eagle3.runner.ledger import ADDITIONS, CALLED, INTERPRETER_CHANGES, PATCHES
+from vllm_eagle3.runner.ledger import ADDITIONS, CALLED, CPU_CHANGES, INTERPRETER_CHANGES, PATCHES
 from vllm_eagle3.runner.overrides import SUBCLASSES
 from vllm_eagle3.runner.upstream import UpstreamSignature, installed
+from vllm_eagle3.runner.v2.cpu.register import cpu_forms
 
-ENTRIES = (*PATCHES, *INTERPRETER_CHANGES, *ADDITIONS, *SUBCLASSES)
+CHANGES = (*CPU_CHANGES, *INTERPRETER_CHANGES, *ADDITIONS)
+ENTRIES = (*PATCHES, *CHANGES, *SUBCLASSES)
+LAUNCH_OPTIONS = {"num_warps"}  # passed on by vLLM's registry, beside a kernel's own parameters
 UPSTREAM = list(
     dict.fromkeys(
         [
             *(patch.upstream for patch in PATCHES),
-            *(part for change in (*INTERPRETER_CHANGES, *ADDITIONS) for part in change.upstream),
+            *(part for change in CHANGES for part in change.upstream),
             *(part for subclass in SUBCLASSES for part in subclass.overrides),
             *CALLED,
         ]
@@ -43,6 +46,18 @@ OF_THE_LANGUAGE |= {"_is_protocol", "__subclasshook__"}
 @pytest.mark.parametrize("upstream", UPSTREAM, ids=lambda upstream: upstream.qualname)
 def test_signature_is_the_one_this_project_was_written_for(upstream):
     assert upstream.fits(), upstream.found()
+
+
+def kernels_with_cpu_forms() -> Iterator[UpstreamSignature]:
+    """The kernels whose CPU forms `runner/v2/cpu` registers, with the parameters of the forms."""
+    for name, form in cpu_forms().items():
+        parameters = [p for p in inspect.signature(form).parameters if p not in LAUNCH_OPTIONS]
+        yield UpstreamSignature(*name.rsplit(".", 1), ", ".join(parameters))
+
+
+@pytest.mark.parametrize("kernel", kernels_with_cpu_forms(), ids=lambda kernel: kernel.qualname)
+def test_cpu_forms_have_the_parameters_of_the_kernels(kernel):
+    assert kernel.fits(), kernel.found()
 
 
 def looks_up(vllm: Path, module: str, name: str) -> bool:

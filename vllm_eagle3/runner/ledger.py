@@ -68,6 +68,14 @@ PATCHES = (
         remove_when="vLLM lets plugins see a config before it is settled",
     ),
     Patch(
+        module="vllm.config.vllm",
+        name="VllmConfig._validate_v2_model_runner",
+        replacement="vllm_eagle3.runner.hooks.native_v2:validate_v2_model_runner",
+        upstream=UpstreamSignature("vllm.config.vllm", "VllmConfig._validate_v2_model_runner", "self"),
+        reason="it demands Triton, whose kernels have CPU forms here (runner/v2/cpu)",
+        remove_when="vLLM has CPU forms of them (vllm-project/vllm#55847)",
+    ),
+    Patch(
         module="vllm.engine.arg_utils",
         name="EngineArgs.create_speculative_config",
         replacement="vllm_eagle3.runner.hooks.engine_args:create_speculative_config",
@@ -95,6 +103,27 @@ PATCHES = (
             remove_when="upstream refuses them on the V1 runner only",
         )
         for module in ("vllm.v1.engine.llm_engine", "vllm.v1.engine.async_llm")
+    ),
+)
+
+CPU_CHANGES = (
+    ModuleChange(
+        module="vllm.v1.worker.cpu.model_runner",
+        function="vllm_eagle3.runner.hooks.native_v2:register_cpu_kernels",
+        upstream=(UpstreamSignature("vllm.triton_utils.dispatcher", "register_kernels", "overrides"),),
+        reason="vLLM's own registry takes the CPU forms, once the runner that launches the kernels is imported",
+        remove_when="vLLM has CPU forms of the kernels (vllm-project/vllm#55847)",
+    ),
+    ModuleChange(
+        module="llvmlite.binding.ffi",
+        function="vllm_eagle3.runner.hooks.native_v2:hide_attributes",
+        upstream=(
+            UpstreamSignature("llvmlite.binding.ffi", "_lib_wrapper.__getattr__", "self, name"),
+            UpstreamSignature("vllm.triton_utils.dispatcher", "_rebind_kernels", "overrides"),
+        ),
+        reason="vLLM's registry reads `__dict__` of every object that has one, and llvmlite's library object has all "
+        "attributes there are; the second engine in a process failed on it",
+        remove_when="the registry passes over objects whose `__dict__` is no dict",
     ),
 )
 
@@ -280,8 +309,8 @@ _installed = False
 
 
 def install() -> None:
-    """Arrange all PATCHES in this process. Idempotent."""
+    """Arrange all PATCHES and CPU_CHANGES in this process. Idempotent."""
     global _installed
     if not _installed:
         _installed = True
-        after_import([(patch.module, patch.apply) for patch in PATCHES])
+        after_import([(change.module, change.apply) for change in (*PATCHES, *CPU_CHANGES)])

@@ -1,8 +1,10 @@
-"""Tests of Model Runner V2. Without a GPU: `EAGLE3_INTERPRET=1 pytest tests/runner/v2`, in a process of its own.
+"""Tests of Model Runner V2, in a process of their own: natively by `VLLM_USE_V2_MODEL_RUNNER=1 pytest tests/runner/v2`;
+those of Triton's kernels, on a machine without a GPU, in Triton's interpreter by `EAGLE3_INTERPRET=1 pytest …`.
 
-vLLM decides once, at import, whether Triton is usable. So V1 engines and interpreted V2 engines cannot share a process.
+vLLM settles once, at import, whether Triton is usable; so native and interpreted engines cannot share a process.
 """
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,8 @@ import torch
 
 from vllm_eagle3.runner import triton_interpreter
 
-if not (triton_interpreter.enabled() or torch.cuda.is_available()):
+asked_for = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
+if not (asked_for or triton_interpreter.enabled() or torch.cuda.is_available()):
     collect_ignore_glob = ["test_*.py"]
 
 

@@ -1,0 +1,20 @@
+"""Reductions over rows of logits. Upstream's kernels reduce blocks of the vocabulary; here block 0 gets a whole row's
+result and the other blocks get what loses every later reduction."""
+
+import torch
+
+from vllm_eagle3.kernels.argmax_rows import argmax_rows
+
+NEG_INF = float("-inf")
+
+
+def best(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Largest value [n] (fp32) and its first index [n] of each row of logits [n, vocab]."""
+    index = argmax_rows(logits)
+    return logits.gather(1, index[:, None])[:, 0].float(), index
+
+
+def write(table: torch.Tensor, values: torch.Tensor, loser: float) -> None:
+    """Write one value a row [n] to a table of one value a block [n, blocks]."""
+    table.fill_(loser)
+    table[:, 0] = values
