@@ -19,8 +19,7 @@ from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 from vllm_eagle3.config import Eagle3Options
 from vllm_eagle3.policy.cost import CostTable
 from vllm_eagle3.policy.policy import NOTHING, Policy, Shape, chains
-from vllm_eagle3.runner import policy_install, policy_scheduler
-from vllm_eagle3.runner.v1.proposer import Eagle3Proposer
+from vllm_eagle3.runner import chain, policy_install, policy_scheduler
 
 GREEDY = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True, detokenize=False)
 AUTO = {"eagle3": {"policy": "auto"}}
@@ -51,9 +50,7 @@ def count_verified(sched, seen):
 def test_outputs_are_exact_while_the_number_of_drafts_changes_every_step(
     engine, tmp_path, monkeypatch, overlap
 ):
-    monkeypatch.setattr(
-        Eagle3Proposer, "MIN_CHAIN_PROBABILITY", 0.0
-    )  # the random draft trusts none of its drafts
+    monkeypatch.setattr(chain, "MIN_CHAIN_PROBABILITY", 0.0)  # the random draft trusts none of its drafts
     target = write_random_target(tmp_path / "target")
     draft = write_random_draft(tmp_path / "draft")
     prompts = [[3, 9, 27 + 5 * i, 81] for i in range(4)]

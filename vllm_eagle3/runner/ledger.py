@@ -33,6 +33,16 @@ PATCHES = (
         remove_when="vLLM has a registry of speculators (vllm-project/vllm#36219)",
     ),
     Patch(
+        module="vllm.v1.worker.gpu.model_runner",
+        name="DraftTokensHandler",
+        replacement="vllm_eagle3.runner.v2.cpu_speculator:StoppedChains",
+        upstream=UpstreamSignature(
+            "vllm.v1.worker.gpu.spec_decode.utils", "DraftTokensHandler.__init__", "self, device"
+        ),
+        reason="the V2 runner tells the scheduler of as many drafts as it was asked for, whatever was drafted",
+        remove_when="a speculator can say how many drafts it made for each request",
+    ),
+    Patch(
         module="vllm.utils.cpu_triton_utils",
         name="_expand_kernel_impl",
         replacement="vllm_eagle3.runner.hooks.cpu_expand:expand",
@@ -295,6 +305,18 @@ CALLED = (
         "Sampler.apply_sampling_params",
         "self, logits, expanded_idx_mapping, idx_mapping, idx_mapping_np, pos, input_ids, expanded_local_pos, "
         "seq_lens_upper_bound_np, skip_top_k_top_p",
+    ),
+    # The V2 runner: chains on a CPU.
+    UpstreamSignature(
+        "vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator",
+        "prepare_prefill_inputs",
+        "last_token_indices, current_draft_step, input_buffers, input_batch, num_sampled, num_rejected, "
+        "last_sampled, next_prefill_tokens, max_num_reqs",
+    ),
+    UpstreamSignature(
+        "vllm.v1.worker.gpu.spec_decode.speculator",
+        "DraftModelSpeculator._build_uniform_attn_metadata",
+        "self, batch_desc, num_reqs, num_query_per_req, seq_lens_cpu_upper_bound, step, causal, dcp_local_seq_lens",
     ),
     UpstreamSignature(
         "vllm.v1.worker.gpu.sample.gumbel",

@@ -143,6 +143,27 @@ SUBCLASSES = (
         remove_when=_NO_REGISTRY,
     ),
     Subclass(
+        "vllm_eagle3.runner.v2.cpu_speculator:CPUSpeculator",
+        (
+            *_methods(_AUTOREGRESSIVE, "TargetDependentARSpeculator", __init__="self, vllm_config, device"),
+            *_methods(_AUTOREGRESSIVE, "TargetDependentARSpeculator", load_model="self, target_model"),
+            *_SPECULATOR_PROPOSE,
+        ),
+        reason="on a CPU one step over the drafting rows is faster than vLLM's padded and compiled forward pass",
+        remove_when=_NO_REGISTRY,
+    ),
+    Subclass(
+        "vllm_eagle3.runner.v2.cpu_speculator:StoppedChains",
+        _methods(
+            "vllm.v1.worker.gpu.spec_decode.utils",
+            "DraftTokensHandler",
+            set_draft_tokens="self, input_batch, draft_tokens",
+            get_draft_tokens="self",
+        ),
+        reason="the scheduler has to know of chains that stopped early",
+        remove_when="a speculator can say how many drafts it made for each request",
+    ),
+    Subclass(
         "vllm_eagle3.runner.v2.tree_speculator:TreeSpeculator",
         (
             *_methods(

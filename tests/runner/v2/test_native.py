@@ -48,7 +48,7 @@ def texts_of_v1(models, prompts, params):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"num_gpu_blocks_override": 8, "block_size": 32}, {"enforce_eager": False}],
+    [{}, {"num_gpu_blocks_override": 10, "block_size": 32}, {"enforce_eager": False}],
     ids=["eager", "preempted", "compiled"],
 )
 @pytest.mark.parametrize("tokens", [0, 3], ids=["plain", "chain"])

@@ -15,6 +15,7 @@ from vllm.v1.spec_decode.llm_base_proposer import compute_probs_and_sample_next_
 
 from vllm_eagle3.config import Eagle3Options
 from vllm_eagle3.model.activate import activate
+from vllm_eagle3.runner.chain import draft_chain
 from vllm_eagle3.runner.policy_install import in_charge
 from vllm_eagle3.runner.startup_log import report
 
@@ -29,9 +30,6 @@ class Eagle3Proposer(EagleProposer):
     """
 
     model: Any
-    MIN_CHAIN_PROBABILITY = 0.2
-    """Under policy "auto", a request stops drafting when the product of its draft probabilities falls below this. See
-    docs/policy.md."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any = None) -> None:
         self.draft_config = activate(vllm_config)
@@ -192,44 +190,37 @@ class Eagle3Proposer(EagleProposer):
         metadata: CommonAttentionMetadata,
         sampling_metadata: SamplingMetadata,
     ) -> torch.Tensor | list[list[int]]:
-        """Draft from the output of the first step, until num_speculative_tokens or until every chain has stopped.
-
-        Where chains may stop, a request drafts until the product of its draft probabilities falls below
-        MIN_CHAIN_PROBABILITY. The draft that takes it below is its last one.
-        """
+        """Draft from the output of the first step, until num_speculative_tokens or until every chain has stopped."""
         sampled = self._enable_probabilistic_draft_probs and not sampling_metadata.all_greedy
         may_stop = self.may_stop and not sampled
-        ids: list[torch.Tensor] = []
         probs: list[torch.Tensor] = []
-        chain_probability = torch.ones(len(positions))
-        lengths = torch.zeros(len(positions), dtype=torch.int64)
-        for index in range(self.num_speculative_tokens):
-            continuing = chain_probability >= self.MIN_CHAIN_PROBABILITY
-            if not continuing.any():
-                break
-            lengths += continuing
-            if index > 0:
-                self.positions[: len(positions)] = positions
-                positions = self._update_positions_dependent_metadata(
-                    positions, metadata, len(positions), len(positions), self.block_size
-                )
-                hidden_states, g = self.model.step(
-                    ids[-1], g, positions, metadata.slot_mapping, self._metadata(metadata, index)
-                )
-            if may_stop and index + 1 < self.num_speculative_tokens:
-                step_ids, probability = self.model.get_confident_tokens(hidden_states)
-                chain_probability, step_probs = chain_probability * probability, None
-            else:
-                step_ids, step_probs = self._sample_draft_tokens(hidden_states, sampling_metadata)
-            ids.append(step_ids)
+
+        def next_step(
+            index: int, ids: torch.Tensor, state: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            nonlocal positions
+            self.positions[: len(positions)] = positions
+            positions = self._update_positions_dependent_metadata(
+                positions, metadata, len(positions), len(positions), self.block_size
+            )
+            return self.model.step(
+                ids, state, positions, metadata.slot_mapping, self._metadata(metadata, index)
+            )
+
+        def sample(index: int, states: torch.Tensor) -> torch.Tensor:
+            ids, step_probs = self._sample_draft_tokens(states, sampling_metadata)
             if step_probs is not None:
                 probs.append(step_probs)
+            return ids
+
+        first, most = (hidden_states, g), self.num_speculative_tokens
+        chain = draft_chain(self.model, first, most, next_step, sample, may_stop)
         if probs:
             self._last_draft_probs = torch.stack(probs, dim=1).contiguous()
-        drafts = torch.stack(ids, dim=1)
+        drafts = torch.stack(chain.ids, dim=1)
         if not may_stop:
             return drafts
-        return [row[:n] for row, n in zip(drafts.tolist(), lengths.tolist(), strict=True)]
+        return [row[:n] for row, n in zip(drafts.tolist(), chain.lengths.tolist(), strict=True)]
 
     def _one_query_per_request(
         self, cad: CommonAttentionMetadata, num_rejected: torch.Tensor | None

@@ -9,6 +9,7 @@ from vllm.v1.worker.gpu.spec_decode import init_speculator as stock_init_specula
 from vllm_eagle3.config import Eagle3Options
 from vllm_eagle3.model.activate import activate
 from vllm_eagle3.runner.startup_log import report, report_lookahead
+from vllm_eagle3.runner.v2.cpu_speculator import CPUSpeculator, serves
 from vllm_eagle3.runner.v2.speculator import Eagle3Speculator
 
 
@@ -25,4 +26,4 @@ def init_speculator(vllm_config: VllmConfig, device: torch.device, req_states: A
         report_lookahead(vllm_config, options.tree)
         return make_tree_speculator(vllm_config, device, options)
     report(draft_config, "V2", vllm_config, "chain")
-    return Eagle3Speculator(vllm_config, device)
+    return (CPUSpeculator if serves(vllm_config, device) else Eagle3Speculator)(vllm_config, device)

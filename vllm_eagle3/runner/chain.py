@@ -1,0 +1,58 @@
+"""How a chain of drafts is made on a CPU, by either runner: one draft step after another over the drafting rows."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+MIN_CHAIN_PROBABILITY = 0.2
+"""Where chains may stop early, a request stops drafting when the product of its draft probabilities falls below this.
+See docs/policy.md."""
+
+NextStep = Callable[[int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""(index of the step, its input ids [n], what the last step handed on [n, h]) -> what `model.step` returns."""
+
+
+class Chain(NamedTuple):
+    """Drafts of n requests."""
+
+    ids: list[torch.Tensor]  # of each step, [n]
+    lengths: torch.Tensor  # int64 [n], how many of them each request keeps
+
+
+def draft_chain(
+    model: Any,
+    first: tuple[torch.Tensor, torch.Tensor],
+    most: int,
+    next_step: NextStep,
+    sample: Callable[[int, torch.Tensor], torch.Tensor],
+    may_stop: bool,
+) -> Chain:
+    """Up to `most` drafts a request.
+
+    Args:
+        model: the draft.
+        first: what `model.step` returned for the rows that draft, (norm(a), state for the next step).
+        most: drafts a request at most, 1 or more.
+        next_step: makes one more step.
+        sample: ids [n] from norm(a) [n, h] of a step, where chains may not stop or cannot any more.
+        may_stop: whether a chain ends with the draft that takes its probability below MIN_CHAIN_PROBABILITY.
+    """
+    hidden_states, state = first
+    ids: list[torch.Tensor] = []
+    chain_probability = torch.ones(len(hidden_states))
+    lengths = torch.zeros(len(hidden_states), dtype=torch.int64)
+    for index in range(most):
+        continuing = chain_probability >= MIN_CHAIN_PROBABILITY
+        if not continuing.any():
+            break
+        lengths += continuing
+        if index > 0:
+            hidden_states, state = next_step(index, ids[-1], state)
+        if may_stop and index + 1 < most:
+            step_ids, probability = model.get_confident_tokens(hidden_states)
+            chain_probability = chain_probability * probability
+        else:
+            step_ids = sample(index, hidden_states)
+        ids.append(step_ids)
+    return Chain(ids, lengths)

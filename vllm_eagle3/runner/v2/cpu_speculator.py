@@ -1,0 +1,186 @@
+"""Chains on vLLM's V2 model runner on a CPU, where nothing is captured in graphs."""
+
+import gc
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.config.compilation import CUDAGraphMode
+from vllm.forward_context import set_forward_context
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
+from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator import prepare_prefill_inputs
+from vllm.v1.worker.gpu.spec_decode.utils import DraftTokensHandler
+
+from vllm_eagle3.runner.chain import draft_chain
+from vllm_eagle3.runner.policy_install import in_charge
+from vllm_eagle3.runner.v2.speculator import Eagle3Speculator
+
+NOT_DRAFTED = -1
+
+
+def serves(vllm_config: VllmConfig, device: torch.device) -> bool:
+    """Whether CPUSpeculator can draft for this engine."""
+    speculative, parallel = vllm_config.speculative_config, vllm_config.parallel_config
+    assert speculative is not None
+    return (
+        device.type == "cpu"
+        and not speculative.enable_adaptive_verification
+        and not vllm_config.model_config.supports_multimodal_inputs
+        and parallel.data_parallel_size == parallel.decode_context_parallel_size == 1
+    )
+
+
+class CPUSpeculator(Eagle3Speculator):
+    """Eagle3Speculator whose steps run over the rows that draft, without vLLM's padded and compiled forward pass.
+
+    Beside keys and values nothing is computed for the other rows; weights may be in int8; and under policy "auto" a
+    chain stops where the draft trusts it no longer.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        super().__init__(vllm_config, device)
+        self.may_stop = (
+            in_charge(vllm_config)
+            and self.draft_logits is None
+            and not vllm_config.scheduler_config.async_scheduling  # which has promised the drafts already
+            and vllm_config.parallel_config.world_size == 1  # otherwise no rank sees all logits
+        )
+
+    def load_model(self, target_model: torch.nn.Module) -> None:
+        super().load_model(target_model)
+        (self.draft_layer,) = self.draft_attn_layer_names
+        gc.collect()  # packed weights that loading replaced: freed while torch.compile traces, they print an error
+
+    @torch.inference_mode()
+    def propose(
+        self,
+        input_batch: Any,
+        attn_metadata: Any,
+        slot_mappings: Any,
+        last_hidden_states: torch.Tensor,
+        aux_hidden_states: list[torch.Tensor] | None,
+        num_sampled: torch.Tensor,
+        num_rejected: torch.Tensor,
+        last_sampled: torch.Tensor,
+        next_prefill_tokens: torch.Tensor,
+        temperature: torch.Tensor,
+        seeds: torch.Tensor,
+        *args: Any,
+        dummy_run: bool = False,
+        num_speculative_tokens: int | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Draft ids [num_reqs, num_speculative_tokens], NOT_DRAFTED behind a chain's end; arguments as upstream's."""
+        batch, tokens = input_batch.num_reqs, input_batch.num_tokens
+        g = self.model.fuse(aux_hidden_states) if aux_hidden_states else last_hidden_states
+        if dummy_run:
+            return self._profile(g[:tokens], batch)
+        self._copy_request_inputs(batch, input_batch.idx_mapping, temperature, seeds)
+        prepare_prefill_inputs(
+            self.last_token_indices, self.current_draft_step, self.input_buffers, input_batch, num_sampled,
+            num_rejected, last_sampled, next_prefill_tokens, self.max_num_reqs,
+        )  # fmt: skip
+        most = self.num_speculative_steps if num_speculative_tokens is None else num_speculative_tokens
+        drafts = self.draft_tokens[:batch]
+        drafts.fill_(NOT_DRAFTED)
+        rows = self.last_token_indices[:batch] if most else self.last_token_indices[:0]
+        buffers = self.input_buffers
+        positions = buffers.positions[:tokens]
+        first_positions = positions[rows]
+        inputs = (buffers.input_ids[:tokens], g[:tokens], positions, slot_mappings[self.draft_layer][:tokens])
+        if most == 0:  # keep the draft's KV in step with the target's, and no more
+            self.model.step(*inputs, None, rows=rows)
+            return drafts
+        buffers.query_start_loc[: batch + 1] = torch.arange(batch + 1, dtype=torch.int32)
+        buffers.seq_lens[:batch] = input_batch.seq_lens[:batch] - num_rejected
+        longest = input_batch.seq_lens_cpu_upper_bound[:batch]
+        self.draft_max_seq_len = min(int(longest.max()) + most, self.max_model_len)
+        first = self.model.step(*inputs, self._metadata(batch, longest, 0), rows=rows)
+        buffers.positions[:batch] = first_positions
+        chain = draft_chain(
+            self.model,
+            first,
+            most,
+            lambda index, ids, state: self._next_step(batch, longest, index, ids, state),
+            lambda index, states: self._sample(batch, first_positions, index, states),
+            self.may_stop,
+        )
+        made = torch.stack(chain.ids, dim=1)
+        drafts[:, : made.shape[1]] = made
+        if self.may_stop:
+            drafts.masked_fill_(torch.arange(drafts.shape[1]) >= chain.lengths[:, None], NOT_DRAFTED)
+        return drafts
+
+    def _next_step(
+        self, batch: int, longest: torch.Tensor, index: int, ids: torch.Tensor, state: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One draft step of every request, a position on; at the longest sequence it stays where it is."""
+        buffers = self.input_buffers
+        positions = buffers.positions[:batch].add_(1).clamp_(max=self.max_model_len - 1)
+        buffers.seq_lens[:batch].add_(1).clamp_(max=self.max_model_len)
+        slots = self.block_tables.compute_slot_mappings(
+            self.idx_mapping[:batch], buffers.query_start_loc[: batch + 1], positions, batch
+        )
+        return self.model.step(
+            ids.to(buffers.input_ids.dtype),
+            state,
+            positions,
+            slots[self._group()],
+            self._metadata(batch, longest, index),
+        )
+
+    def _sample(
+        self, batch: int, first_positions: torch.Tensor, index: int, hidden_states: torch.Tensor
+    ) -> torch.Tensor:
+        # A draw is keyed by the position before the sampled token: one behind the row that the first step drafts from.
+        return self.sample_draft(
+            hidden_states,
+            first_positions + 1 + index,
+            self.idx_mapping[:batch],
+            self.temperature,
+            self.seeds,
+            self.current_draft_step.fill_(index),
+            self.draft_logits,
+        )
+
+    def _metadata(self, batch: int, longest: torch.Tensor, index: int) -> Any:
+        """Attention metadata of the draft's layer, one query a request, from the buffers as they are."""
+        eager = BatchExecutionDescriptor(CUDAGraphMode.NONE, batch, None)
+        metadata = self._build_uniform_attn_metadata(eager, batch, 1, longest, index)
+        assert metadata is not None
+        return metadata[self.draft_layer]
+
+    def _group(self) -> int:
+        """KV cache group of the draft's layer."""
+        groups = self.kv_cache_config.kv_cache_groups
+        return next(i for i, group in enumerate(groups) if self.draft_layer in group.layer_names)
+
+    def _profile(self, g: torch.Tensor, batch: int) -> torch.Tensor:
+        """Warm-up and profiling: the layer without attention, so that nothing is compiled that is never used."""
+        tokens = len(g)
+        with set_forward_context(None, self.vllm_config, num_tokens=tokens):
+            buffers = self.input_buffers
+            hidden_states, _ = self.model.step(
+                buffers.input_ids[:tokens], g, buffers.positions[:tokens], None, None
+            )
+            self.model.get_top_tokens(hidden_states[:batch])
+        return self.draft_tokens[:batch].zero_()
+
+
+class StoppedChains(DraftTokensHandler):
+    """Tells the scheduler of no more drafts than a request's chain has; upstream's tells it of the step's number."""
+
+    lengths: list[int] | None = None
+
+    def set_draft_tokens(self, input_batch: Any, draft_tokens: torch.Tensor) -> None:
+        super().set_draft_tokens(input_batch, draft_tokens)
+        self.lengths = None
+        if draft_tokens.device.type == "cpu":  # reading a GPU's would wait for it, and no chain stops there
+            self.lengths = (draft_tokens != NOT_DRAFTED).sum(dim=1).tolist()
+
+    def get_draft_tokens(self) -> Any:
+        found = super().get_draft_tokens()
+        if found is not None and self.lengths is not None:
+            for ids, length in zip(found.draft_token_ids, self.lengths, strict=True):
+                del ids[length:]
+        return found
