@@ -60,18 +60,6 @@ def test_cpu_forms_have_the_parameters_of_the_kernels(kernel):
     assert kernel.fits(), kernel.found()
 
 
-def kernels_with_cpu_forms() -> Iterator[UpstreamSignature]:
-    """The kernels whose CPU forms `runner/v2/cpu` registers, with the parameters of the forms."""
-    for name, form in cpu_forms().items():
-        parameters = [p for p in inspect.signature(form).parameters if p not in LAUNCH_OPTIONS]
-        yield UpstreamSignature(*name.rsplit(".", 1), ", ".join(parameters))
-
-
-@pytest.mark.parametrize("kernel", kernels_with_cpu_forms(), ids=lambda kernel: kernel.qualname)
-def test_cpu_forms_have_the_parameters_of_the_kernels(kernel):
-    assert kernel.fits(), kernel.found()
-
-
 def looks_up(vllm: Path, module: str, name: str) -> bool:
     """Whether `module` holds `name` (imports or defines it)."""
     return name.split(".")[-1] in vllm.joinpath(*module.split(".")[1:]).with_suffix(".py").read_text(

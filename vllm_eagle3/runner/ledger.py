@@ -306,6 +306,11 @@ CALLED = (
         "self, logits, expanded_idx_mapping, idx_mapping, idx_mapping_np, pos, input_ids, expanded_local_pos, "
         "seq_lens_upper_bound_np, skip_top_k_top_p",
     ),
+    UpstreamSignature(
+        "vllm.v1.attention.backends.cpu_attn",
+        "CPUAttentionBackendImpl.do_kv_cache_update",
+        "self, layer, key, value, kv_cache, slot_mapping",
+    ),
     # The V2 runner: chains on a CPU.
     UpstreamSignature(
         "vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator",
@@ -335,4 +340,5 @@ def install() -> None:
     global _installed
     if not _installed:
         _installed = True
-        after_import([(change.module, change.apply) for change in (*PATCHES, *CPU_CHANGES)])
+        after_import([(patch.module, patch.apply) for patch in PATCHES])
+        after_import([(change.module, change.apply) for change in CPU_CHANGES])

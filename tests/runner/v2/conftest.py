@@ -15,6 +15,8 @@ from vllm_eagle3.runner import triton_interpreter
 asked_for = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
 if not (asked_for or triton_interpreter.enabled() or torch.cuda.is_available()):
     collect_ignore_glob = ["test_*.py"]
+elif not (triton_interpreter.enabled() or torch.cuda.is_available()):
+    collect_ignore = ["test_gpu_kernels.py", "test_interpreter.py"]
 
 
 @pytest.fixture(scope="session")

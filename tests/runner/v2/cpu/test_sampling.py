@@ -263,7 +263,8 @@ def test_thinking_budget(seed, counts, warm):
 
     agree(
         apply, r.logits.contiguous(), r.expanded[r.cu_logits[:-1].long()], r.expanded,
-        r.integers(-1, 12, REQUESTS).int(), r.tokens, total_len, r.inputs, r.local, *caches, *markers, on=(thinking_budget,),
+        r.integers(-1, 12, REQUESTS).int(), r.tokens, total_len, r.inputs, r.local, *caches, *markers,
+        on=(thinking_budget,),
     )  # fmt: skip
 
 

@@ -71,8 +71,8 @@ def _gumbel_sample_kernel(
         if APPLY_TEMPERATURE:
             logits = logits / np.float32(temperatures[row])
         position = int(pos_ptr[row]) + (DRAFT_NOISE_SALT if IS_DRAFTING else 0)
-        index, value = noised_argmax(logits, int(seeds_ptr[requests[row]]), position, USE_FP64)
-        local_argmax_ptr[row, 0], local_max_ptr[row, 0] = index, value
+        token, noised = noised_argmax(logits, int(seeds_ptr[requests[row]]), position, USE_FP64)
+        local_argmax_ptr[row, 0], local_max_ptr[row, 0] = token, noised
 
 
 def noised_argmax(logits: np.ndarray, seed: int, position: int, fp64: bool) -> tuple[int, float]:
