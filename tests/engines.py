@@ -64,3 +64,17 @@ def token_ids(llm: Any, prompts: list[list[int]], params: Any) -> list[list[int]
     """Generated ids per prompt; `params` is one SamplingParams or a list of them."""
     outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
     return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def asynchronous(monkeypatch: Any) -> None:
+    """Lets the engines of a test schedule asynchronously, which vLLM switches off on a CPU."""
+    from vllm.platforms import current_platform
+
+    platform = type(current_platform)
+    original = platform.check_and_update_config
+
+    def check_and_update_config(vllm_config: Any) -> None:
+        original(vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+
+    monkeypatch.setattr(platform, "check_and_update_config", staticmethod(check_and_update_config))

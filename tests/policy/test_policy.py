@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_eagle3.policy.acceptance import Acceptance, allocate, expected_tokens
-from vllm_eagle3.policy.cost import CostTable
+from vllm_eagle3.policy.cost import CostTable, SeenCost
 from vllm_eagle3.policy.policy import NOTHING, Policy, Shape, chains
 
 K_MAX = 7
@@ -94,7 +94,7 @@ def best_fixed(table: CostTable, batch: int, curve: list[float]) -> float:
 
 
 def new_policy(table: CostTable) -> Policy:
-    return Policy(table, chains(range(1, K_MAX + 1)))
+    return Policy(SeenCost(table), chains(range(1, K_MAX + 1)))
 
 
 @pytest.mark.parametrize("batch", [1, 4, 16, 56])
@@ -245,7 +245,7 @@ def test_never_outside_the_envelope(
     table: CostTable, lengths: set[int], batch: int, events: list[tuple[int, float]], random: object
 ) -> None:
     shapes = chains(lengths)
-    policy = Policy(table, shapes)
+    policy = Policy(SeenCost(table), shapes)
     for accepted, seconds in events:
         shape = policy.choose(batch)
         assert shape in shapes
@@ -305,7 +305,7 @@ def test_acceptance_counts_only_the_requests_that_reached_a_depth() -> None:
 
 def test_a_tree_wins_when_its_width_pays() -> None:
     tree = Shape(nodes=12, depth=3, width=4)
-    policy = Policy(TABLES["gpu"], (*chains([1, 2, 3]), tree))
+    policy = Policy(SeenCost(TABLES["gpu"]), (*chains([1, 2, 3]), tree))
     assert set(policy.acceptance) == {0, tree.family}
     for _ in range(200):
         policy.observe_accepted({"a": (3, 1), "b": (12, 3)})
@@ -315,6 +315,6 @@ def test_a_tree_wins_when_its_width_pays() -> None:
 
 def test_shapes_must_hold_nothing_and_differ_in_nodes() -> None:
     with pytest.raises(ValueError, match="differ in their number of nodes"):
-        Policy(TABLES["cpu"], [NOTHING, Shape(3, 3), Shape(3, 2, 2)])
+        Policy(SeenCost(TABLES["cpu"]), [NOTHING, Shape(3, 3), Shape(3, 2, 2)])
     with pytest.raises(ValueError, match="shapes must hold"):
-        Policy(TABLES["cpu"], [Shape(3, 3)])
+        Policy(SeenCost(TABLES["cpu"]), [Shape(3, 3)])

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from closed_form import greedy_text, write_draft
-from engines import speculative, token_ids
+from draining import assert_every_number_of_requests_drains
+from engines import asynchronous, speculative, token_ids
 from random_llama import write_draft as write_random_draft
 from random_llama import write_target as write_random_target
 from vllm import SamplingParams
@@ -17,7 +18,8 @@ from vllm.config import CUDAGraphMode
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 
 from vllm_eagle3.config import Eagle3Options
-from vllm_eagle3.policy.cost import CostTable
+from vllm_eagle3.policy.cost import CostTable, SeenCost
+from vllm_eagle3.policy.cost_file import CostFile, CostKey
 from vllm_eagle3.policy.policy import NOTHING, Policy, Shape, chains
 from vllm_eagle3.runner import chain, policy_install, policy_scheduler
 
@@ -70,6 +72,14 @@ def test_outputs_are_exact_while_the_number_of_drafts_changes_every_step(
     assert {k for step in verified for k in step} == {0, 1, 2, 3, 4}
 
 
+def test_draining_under_asynchronous_scheduling(engine, closed_form_target, closed_form_draft, monkeypatch):
+    asynchronous(monkeypatch)
+    llm = engine(
+        closed_form_target, speculative_config=speculative(closed_form_draft, 3), additional_config=AUTO
+    )
+    assert_every_number_of_requests_drains(llm)
+
+
 def test_outputs_are_exact_while_chains_stop_early(engine, tmp_path, monkeypatch):
     target = write_random_target(tmp_path / "target")
     draft = write_random_draft(tmp_path / "draft")
@@ -110,7 +120,8 @@ def test_up_to_the_longest_sequence(engine, tmp_path, drafts):
 
 def test_asynchronous_scheduling_learns_at_once(monkeypatch):
     sched = object.__new__(policy_scheduler.AsyncPolicyScheduler)
-    sched.draft_policy = Policy(CostTable.guess(), chains([1, 2]))
+    sched.draft_policy = Policy(SeenCost(CostTable.guess()), chains([1, 2]))
+    sched._cost_file = CostFile(CostKey("target", "draft", "cpu", "test"))
     sched.scheduler_config = SimpleNamespace(async_scheduling=True)
     sched.running = [SimpleNamespace(num_computed_tokens=9)]
     sched._drafted, sched._untaught, sched._last_update = {}, None, 0.0
@@ -153,6 +164,53 @@ def test_it_learns_acceptance_and_cost_and_keeps_them(
     assert json.loads(file.read_text())["seen"] == seen
     again, _ = policy_scheduler.build_policy(sched.vllm_config)
     assert again.cost.to_json() == seen
+
+
+def test_what_it_learned_is_kept_without_a_clean_stop(
+    engine, closed_form_target, closed_form_draft, tmp_path
+):
+    llm = engine(
+        closed_form_target, speculative_config=speculative(closed_form_draft, 4), additional_config=AUTO
+    )
+    token_ids(llm, [[3, 9, 27]], GREEDY)
+    (file,) = (tmp_path / "vllm-eagle3" / "cost").glob("*.json")
+    assert json.loads(file.read_text())["seen"]
+
+
+@pytest.mark.parametrize("damage", ["garbage", "another format", "the folder is a file"])
+def test_a_damaged_cost_file_does_not_stop_an_engine(
+    engine, closed_form_target, closed_form_draft, tmp_path, damage, caplog, monkeypatch
+):
+    folder = tmp_path / "vllm-eagle3" / "cost"
+    if damage == "the folder is a file":
+        folder.parent.mkdir()
+        folder.write_text("")
+    else:
+        folder.mkdir(parents=True)
+        content = b"\xff\x00" if damage == "garbage" else b'{"format": 99}'
+        monkeypatch.setattr(CostKey, "path", lambda *_: folder / "cost.json")
+        (folder / "cost.json").write_bytes(content)
+    logging.getLogger("vllm").propagate = True
+    with caplog.at_level(logging.WARNING, "vllm.eagle3"):
+        llm = engine(
+            closed_form_target, speculative_config=speculative(closed_form_draft, 4), additional_config=AUTO
+        )
+        assert token_ids(llm, [[3, 9, 27]], GREEDY) == [greedy_text(27, 48)]
+        scheduler(llm).shutdown()
+    warnings = {record.getMessage() for record in caplog.records if record.name == "vllm.eagle3"}
+    assert len(warnings) == 1 and str(folder) in next(iter(warnings)), "\n".join(warnings)
+    if folder.is_dir():
+        assert json.loads((folder / "cost.json").read_text())["seen"]
+
+
+def test_a_failed_save_still_shuts_the_scheduler_down(monkeypatch, tmp_path):
+    sched, calls = object.__new__(policy_scheduler.PolicyScheduler), []
+    monkeypatch.setattr(policy_scheduler.Scheduler, "shutdown", lambda self: calls.append(self))
+    (tmp_path / "file").write_text("")
+    sched._cost_file = CostFile(CostKey("target", "draft", "cpu", "test"), tmp_path / "file" / "cost")
+    sched.draft_policy = Policy(SeenCost(CostTable.guess()), chains([1]))
+    sched.shutdown()
+    assert calls == [sched]
 
 
 def test_a_useless_draft_is_switched_off(engine, closed_form_target, tmp_path):

@@ -1,40 +1,20 @@
-"""What a decode step costs: a measured table, kept on disk, and its correction by what is seen in service.
+"""What a decode step costs: a measured table, and its correction by what is seen in service.
 
 All times are seconds. Nothing here knows vLLM: measuring is done by whoever can run the models.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import os
 import statistics
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from pathlib import Path
+from typing import Any
 
-FORMAT = 1  # of the JSON file
 Curve = dict[int, float]  # size (tokens or rows) -> seconds
-
-
-@dataclass(frozen=True)
-class CostKey:
-    """What a measured table is valid for; every field is part of the file's name and checked on load."""
-
-    model: str
-    draft: str
-    device: str
-    version: str  # vLLM's version and whatever else changes kernels (dtype, tensor-parallel size)
-
-    def path(self, directory: str | Path | None = None) -> Path:
-        """File of this key under `directory` (default `$XDG_CACHE_HOME/vllm-eagle3/cost`)."""
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-eagle3" / "cost"
-        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
-        return Path(directory or base) / f"{digest}.json"
 
 
 def interpolate(curve: Mapping[int, float], size: float) -> float:
@@ -76,7 +56,7 @@ class CostTable:
         if not self.target:
             raise ValueError("cost table: expected at least one context bucket under 'target', found none")
         for name, curve in curves:
-            if not curve or min(curve) < 1 or min(curve.values()) < 0.0:
+            if not curve or min(curve) < 1 or not all(0.0 <= s < math.inf for s in curve.values()):
                 raise ValueError(f"cost table: '{name}' must map sizes >= 1 to seconds >= 0, found {curve}")
 
     def target_step(self, tokens: float, context: float) -> float:
@@ -98,28 +78,16 @@ class CostTable:
         """A table of plausible ratios in arbitrary units, for when nothing was measured."""
         return cls({0: {1: 1.0, 64: 2.0}}, sync={1: 0.05, 64: 0.1}, draft={1: 0.1, 64: 0.15}, measured=False)
 
-    def save(self, path: str | Path, key: CostKey, seen: dict[str, float] | None = None) -> None:
-        """Write the table (and the corrections seen while serving) for `key`; atomic."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"format": FORMAT, "key": asdict(key), "table": asdict(self), "seen": seen or {}})
-        part = path.with_suffix(f".{os.getpid()}.part")
-        part.write_text(text)
-        part.replace(path)
+    def to_json(self) -> dict[str, object]:
+        """What `from_json` reads."""
+        return asdict(self)
 
     @classmethod
-    def load(cls, path: str | Path, key: CostKey) -> tuple[CostTable, dict[str, float]]:
-        """Table and corrections of `key`. Raises FileNotFoundError; ValueError for another key's file."""
-        data = json.loads(Path(path).read_text())
-        if data.get("format") != FORMAT or data.get("key") != asdict(key):
-            raise ValueError(
-                f"{path}: expected a cost table of format {FORMAT} for {key}, found "
-                f"format {data.get('format')} for {data.get('key')}"
-            )
-        table = data["table"]
+    def from_json(cls, table: Mapping[str, Any]) -> CostTable:
+        """The table that `to_json` wrote. Raises KeyError, TypeError, ValueError or AttributeError for another."""
         target = {int(c): {int(n): s for n, s in curve.items()} for c, curve in table["target"].items()}
         sync, draft = ({int(n): s for n, s in table[name].items()} for name in ("sync", "draft"))
-        return cls(target, sync, draft, table["overhead"], table["measured"]), data["seen"]
+        return cls(target, sync, draft, float(table["overhead"]), bool(table["measured"]))
 
 
 def bucket(batch: int) -> int:
@@ -198,13 +166,20 @@ class SeenCost:
             own = self._typical[min(self._typical, key=lambda c: (abs(c[0] - here), abs(c[1] - drafts)))]
         return own * self._level
 
+    @property
+    def observations(self) -> int:
+        """Steps seen since the start."""
+        return self._count
+
     def to_json(self) -> dict[str, float]:
         """Corrections as {"bucket,drafts": ratio}."""
         return {f"{b},{k}": ratio * self._level for (b, k), ratio in self._typical.items()}
 
     def from_json(self, seen: Mapping[str, float]) -> None:
-        """Start from corrections saved earlier; fresh observations replace them."""
+        """Start from corrections saved earlier; fresh observations replace them. Raises ValueError for other things."""
         for name, ratio in seen.items():
             b, k = (int(part) for part in name.split(","))
+            if not 0.0 < ratio < math.inf:
+                raise ValueError(f"cost table: expected a correction above 0 for '{name}', found {ratio}")
             self._ratios[b, k] = deque([(ratio, 1.0)] * self.MIN_SAMPLES, maxlen=self.WINDOW)
             self._last[b, k], self._typical[b, k] = 0, ratio

@@ -13,7 +13,7 @@ from operator import mul
 import numpy as np
 
 from vllm_eagle3.policy.acceptance import Acceptance, allocate, expected_tokens, shift_odds
-from vllm_eagle3.policy.cost import CostTable, SeenCost, bucket
+from vllm_eagle3.policy.cost import SeenCost, bucket
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Policy:
 
     def __init__(
         self,
-        table: CostTable,
+        cost: SeenCost,
         shapes: Sequence[Shape],
         hysteresis: float = 0.01,
         probe_share: float = 0.007,
@@ -76,7 +76,7 @@ class Policy:
             )
         self.shapes = sorted(shapes, key=lambda s: s.nodes)
         self.by_nodes = {s.nodes: s for s in self.shapes}
-        self.cost = SeenCost(table)
+        self.cost = cost
         self.hysteresis, self.probe_share = hysteresis, probe_share
         depth = max(s.depth for s in self.shapes)
         first = next((s.family for s in self.shapes if s != NOTHING), 0)
@@ -295,7 +295,7 @@ class Policy:
         if self.probing:
             first, few = self._turn, self._probers(len(requests))
             return [n * ((i - first) % len(requests) < few) for i, n in enumerate(drafted)]
-        if shape.width > 1 or shape == NOTHING or len(requests) == 1:
+        if shape.width > 1 or shape == NOTHING or len(requests) <= 1:
             return list(drafted)
         rates = np.array(self.acceptance[0].rates()[: shape.depth])
         mean = float(rates.mean())

@@ -56,6 +56,29 @@ PATCHES = (
         remove_when="vllm-project/vllm#55005 is fixed",
     ),
     Patch(
+        module="vllm.utils.cpu_triton_utils",
+        name="_rejection_random_sample_kernel_impl",
+        replacement="vllm_eagle3.runner.hooks.cpu_placeholders:rejection_random_sample",
+        upstream=UpstreamSignature(
+            "vllm.utils.cpu_triton_utils",
+            "_rejection_random_sample_kernel_impl",
+            "output_token_ids, cu_num_draft_tokens, draft_token_ids, draft_probs, target_probs, bonus_token_ids, "
+            "recovered_token_ids, uniform_probs, is_greedy, max_spec_len, vocab_size, synthetic_conditional_rates, "
+            "NO_DRAFT_PROBS, SYNTHETIC_MODE",
+        ),
+        reason="on CPU it accepts drafts of -1, which stand for none, and emits -1 as a token",
+        remove_when="upstream's C++ kernel rejects drafts below 0, as its Triton kernel does",
+    ),
+    Patch(
+        module="vllm.v1.sample.ops.topk_topp_sampler",
+        name="apply_top_k_only",
+        replacement="vllm_eagle3.runner.hooks.cpu_top_k:apply_top_k_only",
+        upstream=UpstreamSignature("vllm.v1.sample.ops.topk_topp_sampler", "apply_top_k_only", "logits, k"),
+        reason="on CPU a request with top_k and no top_p ends the engine in the first step without drafts: upstream "
+        "takes the maximum of an empty tensor",
+        remove_when="upstream's apply_top_k_only accepts zero rows",
+    ),
+    Patch(
         module="vllm.v1.worker.gpu_model_runner",
         name="RejectionSampler",
         replacement="vllm_eagle3.runner.v1.greedy_rejection_sampler:GreedyRejectionSampler",

@@ -17,7 +17,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from vllm_eagle3.config import Eagle3Options
-from vllm_eagle3.policy.cost import CostKey, CostTable
+from vllm_eagle3.policy.cost_file import CostFile, CostKey
 from vllm_eagle3.policy.policy import NOTHING, Policy, Shape, chains
 
 if TYPE_CHECKING:
@@ -32,8 +32,8 @@ def build_scheduler(vllm_config: VllmConfig, **kwargs: Any) -> Scheduler:
     return cls(vllm_config=vllm_config, **kwargs)
 
 
-def build_policy(vllm_config: VllmConfig) -> tuple[Policy, CostKey]:
-    """The policy of a config prepared by `install`, with the cost table of earlier runs if there is one."""
+def build_policy(vllm_config: VllmConfig) -> tuple[Policy, CostFile]:
+    """The policy of a config prepared by `install`, with the costs of earlier runs if there are any, and their file."""
     spec = vllm_config.speculative_config
     assert spec is not None and spec.num_speculative_tokens_per_batch_size is not None, (
         "install was not called"
@@ -44,14 +44,8 @@ def build_policy(vllm_config: VllmConfig) -> tuple[Policy, CostKey]:
     shapes = chains(sizes) if tree is None else [
         Shape(n, min(tree.depth, n), tree.topk) if n else NOTHING for n in sizes
     ]  # fmt: skip
-    key = cost_key(vllm_config)
-    try:
-        table, seen = CostTable.load(key.path(), key)
-    except FileNotFoundError:
-        table, seen = CostTable.guess(), {}
-    policy = Policy(table, shapes)
-    policy.cost.from_json(seen)
-    return policy, key
+    file = CostFile(cost_key(vllm_config))
+    return Policy(file.load(), shapes), file
 
 
 def cost_key(vllm_config: VllmConfig) -> CostKey:
@@ -92,7 +86,7 @@ class PolicyMixin(Scheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.draft_policy, self._cost_key = build_policy(self.vllm_config)
+        self.draft_policy, self._cost_file = build_policy(self.vllm_config)
         self._shape = NOTHING
         # Of each request: drafts to verify, and how many it was told to make.
         self._drafted: dict[str, tuple[int, int]] = {}
@@ -113,8 +107,8 @@ class PolicyMixin(Scheduler):
 
     def _cut(self, requests: list[str], made: list[int]) -> dict[str, int]:
         """How many of the drafts of this step each request will verify, where not all of those `made`."""
-        if not (self._ragged or self.draft_policy.probing) or self._shape == NOTHING:
-            return {}
+        if not requests or not (self._ragged or self.draft_policy.probing) or self._shape == NOTHING:
+            return {}  # a step without requests comes when asynchronous scheduling runs out of them
         lengths = self.draft_policy.lengths(requests, self._shape, self._context(), made)
         return {r: k for r, k, n in zip(requests, lengths, made, strict=True) if k < n}
 
@@ -149,6 +143,7 @@ class PolicyMixin(Scheduler):
             self._teach([scheduler_output.num_spec_tokens_to_schedule] * batch)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         self._last_update = now if self.running else None
+        self._cost_file.save_when_due(self.draft_policy.cost, idle=not self.running)
         return outputs
 
     def _observe_acceptance(self, step: SchedulerOutput, output: ModelRunnerOutput) -> None:
@@ -191,8 +186,7 @@ class PolicyMixin(Scheduler):
 
     def shutdown(self) -> None:
         """Keep what was learned about cost for the next start."""
-        path = self._cost_key.path()
-        self.draft_policy.cost.table.save(path, self._cost_key, self.draft_policy.cost.to_json())
+        self._cost_file.save(self.draft_policy.cost)
         super().shutdown()
 
 

@@ -1,0 +1,15 @@
+"""An upstream defect of vLLM on a CPU: top_k without top_p ends the engine in a step that has no rows to mask."""
+
+import torch
+from vllm.v1.sample.ops import topk_topp_sampler
+
+_stock = topk_topp_sampler.apply_top_k_only
+
+
+def apply_top_k_only(logits: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """Replaces the function of this name: logits [rows, vocab] with -inf below each row's k [rows] largest.
+
+    While speculating, the rows are those of the drafts to verify; a step in which no request has drafts (every
+    prefill) has none, and upstream takes the maximum over none of them.
+    """
+    return _stock(logits, k) if len(k) else logits
