@@ -52,13 +52,17 @@ def draft_tensors(
     dims: Dims,
     *,
     seed: int = 0,
+    states: int = 3,
     norm_before_fc: bool = False,
     fc_norm: bool = False,
     attention_bias: bool = False,
     embed_tokens: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Tensor]:
-    """Random canonical tensors, with d2t and t2d where the draft has a vocabulary of its own."""
+    """Random canonical tensors, with d2t and t2d where the draft has a vocabulary of its own.
+
+    states: how many of the target's states the draft fuses.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def weight(*shape: int) -> Tensor:
@@ -70,7 +74,7 @@ def draft_tensors(
     h, q, kv, mlp = dims.hidden, dims.heads * dims.head_dim, dims.kv_heads * dims.head_dim, dims.intermediate
     attention = "layers.0.self_attn."
     tensors = {
-        "fc.weight": weight(h, 3 * dims.target_hidden),
+        "fc.weight": weight(h, states * dims.target_hidden),
         attention + "q_proj.weight": weight(q, 2 * h),
         attention + "k_proj.weight": weight(kv, 2 * h),
         attention + "v_proj.weight": weight(kv, 2 * h),
@@ -91,9 +95,9 @@ def draft_tensors(
             attention + f"{x}_proj.bias": weight(n) for x, n in {"q": q, "k": kv, "v": kv, "o": h}.items()
         }
     if norm_before_fc:
-        tensors["input_norm.weight"] = norm(3 * dims.target_hidden)
+        tensors["input_norm.weight"] = norm(states * dims.target_hidden)
     if fc_norm:
-        tensors |= {f"fc_norm.{i}.weight": norm(dims.target_hidden) for i in range(3)}
+        tensors |= {f"fc_norm.{i}.weight": norm(dims.target_hidden) for i in range(states)}
     if embed_tokens or h != dims.target_hidden:
         tensors["embed_tokens.weight"] = weight(dims.vocab, h)
     if dims.draft_vocab != dims.vocab:
@@ -109,7 +113,7 @@ def write_dialect(
     tensors: dict[str, Tensor],
     dims: Dims,
     *,
-    aux_layers: tuple[int, int, int] | None = None,
+    aux_layers: tuple[int, ...] | None = None,
     norm_before_residual: bool = False,
     norm_before_fc: bool = False,
     fc_norm: bool = False,

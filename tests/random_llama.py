@@ -54,8 +54,8 @@ def write_target(folder: Path, vocab: int = 512, seed: int = 0, gain: float = 3.
     return save_checkpoint(folder, config, weights)
 
 
-def write_draft(folder: Path, vocab: int = 512, seed: int = 1, fill: float | None = None) -> Path:
-    """Random draft; with `fill` every weight has that value (NaN for a broken head)."""
+def write_draft(folder: Path, vocab: int = 512, seed: int = 1) -> Path:
+    """Random draft."""
     torch.manual_seed(seed)
     weights = {
         "fc.weight": _matrix(HIDDEN, 3 * HIDDEN),
@@ -63,8 +63,6 @@ def write_draft(folder: Path, vocab: int = 512, seed: int = 1, fill: float | Non
         "lm_head.weight": _matrix(vocab, HIDDEN, 3.0),
         "midlayer.hidden_norm.weight": torch.ones(HIDDEN),
     } | _layer("midlayer.", 2 * HIDDEN)
-    if fill is not None:
-        weights = {name: torch.full_like(weight, fill) for name, weight in weights.items()}
     config = _config(
         vocab,
         architectures=["LlamaForCausalLMEagle3"],

@@ -54,10 +54,10 @@ class GraftOptions:
 class Eagle3Options:
     """The plugin's options, checked at construction: ValueError names the option that has a bad value."""
 
-    aux_layers: tuple[int, int, int] | None = _option(
+    aux_layers: tuple[int, ...] | None = _option(
         None,
-        "[int, int, int]",
-        "three strictly increasing ids from 0 to the target's number of layers",
+        "[int, ...]",
+        "strictly increasing ids from 0 to the target's number of layers, as many as the draft's fc joins (usually 3)",
         "Target layers the draft reads, overriding the checkpoint. Id k is the state after k layers (0: the "
         "embedding), as in vLLM.",
     )
@@ -87,7 +87,7 @@ class Eagle3Options:
         if isinstance(self.tree, Mapping):
             object.__setattr__(self, "tree", _from_mapping(TreeOptions, self.tree, "tree."))
         if self.aux_layers is not None and not _are_layer_ids(self.aux_layers):
-            raise _bad("aux_layers", self.aux_layers, "null or three strictly increasing ids from 0")
+            raise _bad("aux_layers", self.aux_layers, "null or strictly increasing ids from 0")
         if not (self.tree is None or isinstance(self.tree, TreeOptions)):
             raise _bad("tree", self.tree, f"null or an object with the keys {', '.join(_names(TreeOptions))}")
         if self.policy not in POLICIES:
@@ -141,6 +141,6 @@ def _is_int(value: object) -> bool:
 
 
 def _are_layer_ids(ids: object) -> bool:
-    if not (isinstance(ids, tuple) and len(ids) == 3 and all(_is_int(i) for i in ids)):
+    if not (isinstance(ids, tuple) and ids and all(_is_int(i) for i in ids)):
         return False
-    return 0 <= ids[0] < ids[1] < ids[2]
+    return ids[0] >= 0 and all(low < high for low, high in zip(ids, ids[1:], strict=False))

@@ -98,6 +98,48 @@ def test_missing_ids_are_the_default(tmp_path: Path, dialect: str) -> None:
     assert resolve(config, target=None).aux_layers is None
 
 
+@pytest.mark.parametrize("layers", range(12, 129))
+def test_modelopts_default_ids(tmp_path: Path, layers: int) -> None:
+    """Its trainer writes them as a set, which Python orders by hash: of 32 layers [1, 28, 15]."""
+    ids = list({1, layers // 2 - 1, layers - 4})
+    config = config_of(tmp_path, "modelopt")
+    config["eagle_config"][IDS] = ids
+    got = resolve(config, target_config(DIMS, num_hidden_layers=layers))
+    assert got.aux_layers == default_aux_layers(layers)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("ids", [(4,), (3, 6), (3, 6, 9, 11), (1, 3, 5, 7, 12)])
+def test_any_number_of_states(tmp_path: Path, dialect: str, ids: tuple[int, ...]) -> None:
+    if dialect in ("specforge", "modelopt") and 12 in ids:
+        ids = (1, 3, 5, 7, 11)
+    config = config_of(tmp_path, dialect, aux_layers=ids)
+    got = resolve(config)
+    assert got.aux_layers == ids and got.num_aux_hidden_states == len(ids)
+    assert resolve(config | {"num_aux_hidden_states": len(ids)}) == got
+    with pytest.raises(CheckpointError, match=f"states 6 aux hidden states, but there are {len(ids)}"):
+        resolve(config | {"num_aux_layers": 6})
+
+
+def test_a_number_of_states_without_ids(tmp_path: Path) -> None:
+    config = config_of(tmp_path, "specforge") | {"num_aux_hidden_states": 5}
+    with pytest.raises(CheckpointError, match="states 5 aux hidden states and names no layers.*aux_layers"):
+        resolve(config)
+    got = resolve(config, aux_layers=[1, 3, 5, 7, 9])
+    assert got.num_aux_hidden_states == 5
+    with pytest.raises(CheckpointError, match="contradictory numbers"):
+        resolve(config | {"num_aux_layers": 3})
+    with pytest.raises(CheckpointError, match="num_aux_hidden_states: expected a positive integer"):
+        resolve(config | {"num_aux_hidden_states": 0})
+
+
+@pytest.mark.parametrize("place", ["top", "nested"])
+def test_an_empty_list_of_ids_means_the_default(tmp_path: Path, place: str) -> None:
+    config = config_of(tmp_path, "specforge")
+    (config if place == "top" else config["eagle_config"])[IDS] = []
+    assert resolve(config).aux_layers == (2, 6, 9)
+
+
 def test_real_layer_ids_of_the_field(tmp_path: Path) -> None:
     """(ids, target layers) -> after-k ids: gpt-oss-120b v3 names boundaries, the others layer outputs."""
     config = config_of(tmp_path, "modelopt")
@@ -161,7 +203,7 @@ def test_default_ids_of_a_shallow_target_are_an_error_that_names_the_option(
 
 @pytest.mark.parametrize(
     "ids",
-    [[3, 6], [3, 6, 9, 11], [3, 3, 6], [9, 6, 3], [3, 6, 13], [-1, 3, 6], [True, 3, 6], "3,6,9", [1.0, 2, 3]],
+    [[3, 3, 6], [9, 6, 3], [3, 6, 13], [-1, 3, 6], [True, 3, 6], "3,6,9", [1.0, 2, 3], 7],
 )
 def test_bad_ids(tmp_path: Path, ids: object) -> None:
     config = config_of(tmp_path, "speculators") | {IDS: ids}
@@ -289,7 +331,6 @@ def test_own_hidden_size(tmp_path: Path) -> None:
         ("safeailab", {"num_hidden_layers": 2}, "2 layers"),
         ("specforge", {"eagle_config": {"use_aux_hidden_state": False}}, "use_aux_hidden_state"),
         ("modelopt", {"eagle_config": {"parallel_draft_step": 4}}, "parallel_draft_step is 4"),
-        ("specforge", {"num_aux_hidden_states": 5}, "num_aux_hidden_states is 5"),
         ("speculators", {"speculators_model_type": "peagle", "mask_token_id": 5}, "'peagle'"),
         ("speculators", {"mask_token_id": 5}, "P-EAGLE"),
         ("safeailab", {"pard_token": 5}, "P-EAGLE"),

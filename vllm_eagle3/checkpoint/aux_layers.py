@@ -11,7 +11,8 @@ from vllm_eagle3.checkpoint.errors import CheckpointError
 
 IDS = "eagle_aux_hidden_state_layer_ids"
 SET_OPTION = 'set the option aux_layers (--additional-config \'{"eagle3": {"aux_layers": [..]}}\')'
-AuxLayers = tuple[int, int, int]
+AuxLayers = tuple[int, ...]
+USUAL = 3  # states that a draft fuses, unless its config says otherwise
 
 
 def default_aux_layers(num_layers: int) -> AuxLayers:
@@ -25,30 +26,50 @@ def resolve_aux_layers(
     is_speculators: bool,
     num_target_layers: int | None,
     override: Any,
+    stated_number: int | None = None,
     source: str,
 ) -> tuple[AuxLayers | None, str]:
     """After-k ids and a note that says where they come from. None: neither the config nor the target says.
 
+    Usually there are three; a draft may read any number. `stated_number` is the one that the config states.
+
     Raises:
-        CheckpointError: ids that are not three strictly increasing ones within 0..n, or contradictory ones.
+        CheckpointError: ids that are not strictly increasing within 0..n, contradictory ones, or too few or too many.
     """
-    n = num_target_layers
+    ids, note = _resolve(config, is_speculators, num_target_layers, override, stated_number, source)
+    if ids is not None and stated_number not in (None, len(ids)):
+        raise CheckpointError(
+            f"{source}: the config states {stated_number} aux hidden states, but there are {len(ids)} aux layers: "
+            f"{note}. To choose, {SET_OPTION}."
+        )
+    return ids, note
+
+
+def _resolve(
+    config: Mapping[str, Any],
+    is_speculators: bool,
+    n: int | None,
+    override: Any,
+    stated_number: int | None,
+    source: str,
+) -> tuple[AuxLayers | None, str]:
     if override is not None:
         ids = _checked(override, n, "the option aux_layers", source)
         return ids, f"aux layers {list(ids)}: from the option"
 
     found: dict[AuxLayers, str] = {}
     nested = config.get("eagle_config") or {}
-    if config.get(IDS) is not None:
+    if _states(config, IDS):
         meaning = (
             "input of the layer, as speculators means" if is_speculators else "after-k, as vLLM reads it"
         )
-        found[_checked(config[IDS], n, IDS, source)] = f"{IDS} {list(config[IDS])} ({meaning})"
-    if nested.get(IDS) is not None:
+        found[_checked(config[IDS], n, IDS, source)] = f"{IDS} {config[IDS]} ({meaning})"
+    if _states(nested, IDS):
         ids, meaning = _from_layer_outputs(nested[IDS], n, f"eagle_config.{IDS}", source)
-        found[ids] = f"eagle_config.{IDS} {list(nested[IDS])} ({meaning})"
-    if nested.get("layer_ids") is not None:
-        ids = _checked(nested["layer_ids"], n, "eagle_config.layer_ids", source)
+        found[ids] = f"eagle_config.{IDS} {nested[IDS]} ({meaning})"
+    if _states(nested, "layer_ids"):
+        in_order = _in_layer_order(nested["layer_ids"], "eagle_config.layer_ids", source)
+        ids = _checked(in_order, n, "eagle_config.layer_ids", source)
         found[ids] = f"eagle_config.layer_ids {list(ids)} (after-k, as vLLM reads it)"
 
     if len(found) > 1:
@@ -59,6 +80,11 @@ def resolve_aux_layers(
         return ids, f"aux layers {list(ids)}: from {text}"
     if n is None:
         return None, "aux layers: not in the config, and the target's number of layers is not known"
+    if stated_number not in (None, USUAL):
+        raise CheckpointError(
+            f"{source}: the config states {stated_number} aux hidden states and names no layers, and only for {USUAL} "
+            f"there is a default; {SET_OPTION}."
+        )
     ids = default_aux_layers(n)
     if not 0 <= ids[0] < ids[1] < ids[2]:
         raise CheckpointError(
@@ -68,15 +94,23 @@ def resolve_aux_layers(
     return ids, f"aux layers {list(ids)}: not in the config, so the default (2, n//2, n-3) for {n} layers"
 
 
+def _states(values: Mapping[str, Any], key: str) -> bool:
+    """Whether ids are given; an empty list means the default, as in vLLM."""
+    return values.get(key) is not None and values[key] != []
+
+
 def _from_layer_outputs(ids: Any, n: int | None, key: str, source: str) -> tuple[AuxLayers, str]:
     """Ids that name layers by their output -> after-k ids (+1).
 
-    The last layer's output is id n-1, so a triple that contains n itself can only be after-k already
+    The last layer's output is id n-1, so a list that contains n itself can only be after-k already
     (gpt-oss-120b-Eagle3-v3; sgl-project/sglang#32334).
     """
-    as_ints = _ints(ids, key, source)
+    as_ints = _in_layer_order(ids, key, source)
     if n is not None and max(as_ints, default=0) == n:
-        return _checked(ids, n, key, source), f"after-k: as layer outputs {n} would lie beyond the {n} layers"
+        return (
+            _checked(as_ints, n, key, source),
+            f"after-k: as layer outputs {n} would lie beyond the {n} layers",
+        )
     shifted = _checked([i + 1 for i in as_ints], n, f"{key} + 1", source)
     meaning = "output of the layer, so +1"
     if n is not None and tuple(as_ints) == default_aux_layers(n):
@@ -86,18 +120,25 @@ def _from_layer_outputs(ids: Any, n: int | None, key: str, source: str) -> tuple
     return shifted, meaning
 
 
+def _in_layer_order(ids: Any, key: str, source: str) -> list[int]:
+    """Nested ids, sorted: ModelOpt writes them as a Python set happens to order them, and both its hooks and vLLM
+    collect the states in the order of the layers."""
+    return sorted(_ints(ids, key, source))
+
+
 def _ints(ids: Any, key: str, source: str) -> list[int]:
     if not isinstance(ids, list | tuple) or any(not isinstance(i, int) or isinstance(i, bool) for i in ids):
-        raise CheckpointError(f"{source}: {key}: expected a list of three layer ids, found {ids!r}")
+        raise CheckpointError(f"{source}: {key}: expected a list of layer ids, found {ids!r}")
     return list(ids)
 
 
 def _checked(ids: Any, n: int | None, key: str, source: str) -> AuxLayers:
     values = _ints(ids, key, source)
-    if len(values) != 3 or not 0 <= values[0] < values[1] < values[2] <= (values[-1] if n is None else n):
+    rising = all(low < high for low, high in zip(values, values[1:], strict=False))
+    if not values or not rising or values[0] < 0 or (n is not None and values[-1] > n):
         within = "0 or more" if n is None else f"within 0..{n} (the target's layers)"
         raise CheckpointError(
-            f"{source}: {key}: expected three strictly increasing ids {within}, found {values}. "
+            f"{source}: {key}: expected strictly increasing ids {within}, found {values}. "
             f"If the checkpoint is for this target, {SET_OPTION}."
         )
-    return values[0], values[1], values[2]
+    return tuple(values)

@@ -10,6 +10,7 @@ from typing import Any
 
 from vllm_eagle3.checkpoint.errors import CheckpointError
 from vllm_eagle3.checkpoint.files import Checkpoint, read_checkpoint
+from vllm_eagle3.checkpoint.tensors import refuse_another_model
 
 SHOWN = (
     "hidden_size",
@@ -31,6 +32,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     Raises:
         CheckpointError: as `Checkpoint.tensors`.
     """
+    refuse_another_model(checkpoint.config, checkpoint.file_of, str(checkpoint.path))
     notes = list(checkpoint.config.notes)
     tensors = {}
     if not checkpoint.config.unsupported_reason:
@@ -60,7 +62,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("path", metavar="DIR", help="directory of the draft")
     parser.add_argument("--target", metavar="DIR", help="directory of the target, to check the draft against")
     parser.add_argument(
-        "--aux-layers", type=int, nargs=3, metavar="K", help="override the aux layers (ids: after k layers)"
+        "--aux-layers", type=int, nargs="+", metavar="K", help="override the aux layers (ids: after k layers)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(func=run)

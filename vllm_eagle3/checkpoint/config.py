@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_eagle3.checkpoint.aux_layers import AuxLayers, resolve_aux_layers
+from vllm_eagle3.checkpoint.aux_layers import USUAL, AuxLayers, resolve_aux_layers
 from vllm_eagle3.checkpoint.errors import CheckpointError
+from vllm_eagle3.checkpoint.reader import Reader, check_kinds
 from vllm_eagle3.checkpoint.rope import resolve_rope
 from vllm_eagle3.checkpoint.stock import LLAMA, left_to_stock
 from vllm_eagle3.checkpoint.target import TargetFacts
 
-NUM_AUX_HIDDEN_STATES = 3
 # Keys of eagle_config that only ModelOpt writes.
 MODELOPT_KEYS = {
     "use_input_layernorm_in_first_layer",
@@ -56,7 +56,8 @@ class DraftConfig:
     aux_layers: AuxLayers | None
     """After-k ids; None when neither the config nor the target's number of layers is known."""
     max_position_embeddings: int
-    num_aux_hidden_states: int = NUM_AUX_HIDDEN_STATES
+    num_aux_hidden_states: int = USUAL
+    """States of the target that fc joins."""
     use_aux_hidden_state: bool = True
     norm_before_residual: bool = False
     """The residual is hidden_norm(g), not g."""
@@ -91,22 +92,24 @@ def resolve_config(
         config: the parsed config.json.
         source: what errors name, usually the path of config.json.
         target_config: the target's parsed config.json (multimodal ones nest the text model); checked against.
-        aux_layers: three after-k ids that override the checkpoint's (option `aux_layers`).
+        aux_layers: after-k ids that override the checkpoint's (option `aux_layers`).
 
     Raises:
         CheckpointError: something is wrong, ambiguous or made for another target.
     """
-    reader = _Reader(config, source)
+    reader = Reader(config, source)
+    check_kinds(config, source)
     dialect = _dialect(config)
     if dialect == "speculators":
-        reader = _Reader(reader.mapping("transformer_layer_config", required=True), source)
+        reader = Reader(reader.mapping("transformer_layer_config", required=True), source)
+        check_kinds(reader.values, source)
     layer = reader.values
     if reason := left_to_stock(config, layer):
         return _unsupported(dialect, config, layer, reason)
 
     notes = [f"dialect: {dialect}"]
     layer_config = _layer_config(reader, config, notes)
-    flags = _Reader(config, source)
+    flags = Reader(config, source)
     _refuse_unknown_forward(flags.mapping("eagle_config"), source)
     vocab_size = reader.size("vocab_size")
     draft_vocab_size = flags.size("draft_vocab_size", default=vocab_size)
@@ -121,11 +124,13 @@ def resolve_config(
         target = TargetFacts.from_config(target_config)
         target.check(hidden_size=target_hidden_size, vocab_size=vocab_size, source=source)
         notes += target.notes(layer_config["max_position_embeddings"], _verifier(config))
+    number = _number_of_states(flags)
     aux, note = resolve_aux_layers(
         config,
         is_speculators=dialect == "speculators",
         num_target_layers=target.num_layers if target else None,
         override=aux_layers,
+        stated_number=number,
         source=source,
     )
     notes.append(note)
@@ -137,7 +142,7 @@ def resolve_config(
         )
     else:
         norm_before_residual = flags.flag("norm_before_residual")
-    nested_norm = _Reader(flags.mapping("eagle_config"), source).flag(
+    nested_norm = Reader(flags.mapping("eagle_config"), source).flag(
         "norm_before_fc", default=flags.flag("norm_before_fc")
     )
     return DraftConfig(
@@ -149,6 +154,7 @@ def resolve_config(
         draft_vocab_size=draft_vocab_size,
         aux_layers=aux,
         max_position_embeddings=layer_config["max_position_embeddings"],
+        num_aux_hidden_states=len(aux) if aux else number or USUAL,
         norm_before_residual=norm_before_residual,
         norm_before_fc=nested_norm,
         fc_norm=flags.flag("fc_norm") or flags.flag("use_aux_norm"),
@@ -156,6 +162,18 @@ def resolve_config(
         tie_word_embeddings=layer_config["tie_word_embeddings"],
         notes=tuple(notes),
     )
+
+
+def _number_of_states(flags: Reader) -> int | None:
+    """How many of the target's states the draft fuses, where config.json says it."""
+    numbers = {
+        key: flags.size(key)
+        for key in ("num_aux_hidden_states", "num_aux_layers")
+        if flags.values.get(key) is not None
+    }
+    if len(set(numbers.values())) > 1:
+        raise CheckpointError(f"{flags.source}: contradictory numbers of aux hidden states: {numbers}")
+    return next(iter(numbers.values()), None)
 
 
 def _dialect(config: Mapping[str, Any]) -> str:
@@ -169,7 +187,7 @@ def _dialect(config: Mapping[str, Any]) -> str:
     return "safeailab"
 
 
-def _layer_config(reader: "_Reader", config: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
+def _layer_config(reader: Reader, config: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
     """The layer's config in canonical form: every size stated, transformers-5 style rope."""
     layer, source = reader.values, reader.source
     family = _family(config, layer)
@@ -239,7 +257,8 @@ def _refuse_unknown_forward(nested: Mapping[str, Any], source: str) -> None:
 
 
 def _verifier(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    return (config.get("speculators_config") or {}).get("verifier") or {}
+    verifier = (config.get("speculators_config") or {}).get("verifier")
+    return verifier if isinstance(verifier, Mapping) else {}
 
 
 def _unsupported(
@@ -261,35 +280,3 @@ def _unsupported(
         notes=(f"dialect: {dialect}", f"left to stock vLLM: {reason}"),
         unsupported_reason=reason,
     )
-
-
-class _Reader:
-    """Typed access to a JSON object, with errors that name file and key."""
-
-    def __init__(self, values: Mapping[str, Any], source: str) -> None:
-        if not isinstance(values, Mapping):
-            raise CheckpointError(f"{source}: expected a JSON object, found {type(values).__name__}")
-        self.values, self.source = values, source
-
-    def size(self, key: str, default: int | None = None) -> int:
-        """A positive integer."""
-        value = self.values.get(key)
-        value = default if value is None else value
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise CheckpointError(f"{self.source}: {key}: expected a positive integer, found {value!r}")
-        return value
-
-    def flag(self, key: str, default: bool = False) -> bool:
-        value = self.values.get(key)
-        value = default if value is None else value
-        if not isinstance(value, bool):
-            raise CheckpointError(f"{self.source}: {key}: expected true or false, found {value!r}")
-        return value
-
-    def mapping(self, key: str, required: bool = False) -> Mapping[str, Any]:
-        value = self.values.get(key)
-        if value is None and not required:
-            return {}
-        if not isinstance(value, Mapping):
-            raise CheckpointError(f"{self.source}: {key}: expected an object, found {value!r}")
-        return value

@@ -1,12 +1,13 @@
 """A checkpoint on disk: config.json, safetensors or .bin, one file or many; read one tensor at a time."""
 
 import json
-import pickle
+import stat
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from zipfile import is_zipfile
+from typing import Any, NoReturn
+from zipfile import ZipFile, is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,13 +15,15 @@ from torch import Tensor
 
 from vllm_eagle3.checkpoint.config import DraftConfig, resolve_config
 from vllm_eagle3.checkpoint.errors import CheckpointError
-from vllm_eagle3.checkpoint.tensors import canonical_tensors
+from vllm_eagle3.checkpoint.tensors import canonical_tensors, refuse_another_model
 
 # (index file, single file, pattern), the first kind that is present is read: safetensors win over .bin.
 KINDS = (
     ("model.safetensors.index.json", "model.safetensors", "*.safetensors"),
     ("pytorch_model.bin.index.json", "pytorch_model.bin", "pytorch_model*.bin"),
 )
+
+LARGEST_JSON = 1 << 26  # bytes; the index of the largest models has a few megabytes
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ def read_checkpoint(
     Args:
         path: its directory.
         target: directory or parsed config.json of the target, to check the draft against.
-        aux_layers: three after-k ids that override the checkpoint's.
+        aux_layers: after-k ids that override the checkpoint's.
 
     Raises:
         CheckpointError: a file is missing, unreadable or contradicts another; what `resolve_config` refuses.
@@ -74,6 +77,34 @@ def read_checkpoint(
     return Checkpoint(folder, draft, tuple(files), file_of)
 
 
+def check_draft(
+    path: str | Path, target: Mapping[str, Any] | None = None, aux_layers: Any = None
+) -> DraftConfig:
+    """Read the whole draft, weights and all, before anything is built from it. Takes about as long as reading them.
+
+    Arguments as of `read_checkpoint`. A draft that is left to stock vLLM is checked as far as one can tell.
+
+    Raises:
+        CheckpointError: what `read_checkpoint` and `canonical_tensors` raise; a language model instead of a draft; a
+            stated number of layers that the tensors contradict.
+    """
+    checkpoint = read_checkpoint(path, target, aux_layers)
+    refuse_another_model(checkpoint.config, checkpoint.file_of, str(checkpoint.path))
+    if not checkpoint.config.unsupported_reason:
+        for _ in checkpoint.tensors():
+            pass
+    return checkpoint.config
+
+
+def refuse_unreadable(path: str | Path, error: Exception) -> NoReturn:
+    """Raises CheckpointError for a loader's `error`, with the file at fault where reading them again finds it."""
+    if Path(path).is_dir():
+        for file in _weight_files(Path(path)):
+            for _ in _read(file):
+                pass
+    raise CheckpointError(f"{path}: the weights cannot be loaded: {error}") from error
+
+
 def _weight_files(folder: Path) -> list[Path]:
     for index_name, single_name, pattern in KINDS:
         index, single = folder / index_name, folder / single_name
@@ -92,6 +123,8 @@ def _indexed_files(index: Path) -> list[Path]:
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, Mapping):
         raise CheckpointError(f"{index}: weight_map: expected an object, found {weight_map!r}")
+    if not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{index}: weight_map: expected names of files, found other values")
     files = [index.parent / name for name in sorted(set(weight_map.values()))]
     for file in files:
         listed = {name for name, where in weight_map.items() if where == file.name}
@@ -107,40 +140,83 @@ def _indexed_files(index: Path) -> list[Path]:
 def _names(file: Path) -> list[str]:
     if file.suffix != ".safetensors":
         return [name for name, _ in _read(file)]
-    try:
-        with safe_open(file, framework="pt") as handle:
-            return list(handle.keys())
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: not a readable safetensors file: {error}") from error
+    with _opened(file) as handle:
+        return list(handle.keys())
 
 
 def _read(file: Path) -> Iterator[tuple[str, Tensor]]:
     if file.suffix == ".safetensors":
-        with safe_open(file, framework="pt") as handle:
+        with _opened(file) as handle:
             for name in handle.keys():  # noqa: SIM118 (not a dict)
                 yield name, handle.get_tensor(name)
         return
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise CheckpointError(
-            f"{file}: expected a state dict of plain tensors (read with weights_only=True): {error}"
-        ) from error
-    for name, tensor in state.items() if isinstance(state, Mapping) else [("", state)]:
-        if not isinstance(tensor, Tensor) or not name:
+    for name, tensor in _unpickled(file).items():
+        if not isinstance(tensor, Tensor) or not isinstance(name, str) or not name:
             raise CheckpointError(
-                f"{file}: expected a state dict of tensors, found {type(tensor).__name__} at {name!r}"
+                f"{file}: expected a state dict of tensors, found {type(tensor).__name__} at {name!r:.200}"
             )
         yield name, tensor
 
 
-def _read_json(file: Path) -> Mapping[str, Any]:
-    if not file.exists():
-        raise CheckpointError(f"{file}: no such file; expected the directory of a checkpoint on this machine")
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    _check_is_file(file)
     try:
+        with safe_open(file, framework="pt") as handle:
+            yield handle
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: not a readable safetensors file: {error}") from error
+
+
+def _unpickled(file: Path) -> Mapping[Any, Any]:
+    """The state dict in a .bin file: of plain tensors, and no larger than the file."""
+    _check_is_file(file)
+    try:
+        zipped = is_zipfile(file)
+        if zipped and (packed := [part.filename for part in ZipFile(file).infolist() if part.compress_type]):
+            raise CheckpointError(
+                f"{file}: expected tensors as torch stores them, uncompressed; {packed[0]} is compressed"
+            )
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+    except CheckpointError:
+        raise
+    except Exception as error:  # torch raises whatever a damaged pickle leads to
+        text = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(
+            f"{file}: expected a state dict of plain tensors (read with weights_only=True): {text[0]}"
+        ) from error
+    return state if isinstance(state, Mapping) else {"": state}
+
+
+def _read_json(file: Path) -> Mapping[str, Any]:
+    _check_is_file(file, "; expected the directory of a checkpoint on this machine")
+    try:
+        if (size := file.stat().st_size) > LARGEST_JSON:
+            raise CheckpointError(f"{file}: expected at most {LARGEST_JSON} bytes of JSON, found {size}")
         values = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
+    except RecursionError as error:
+        raise CheckpointError(f"{file}: not valid JSON: nested too deeply") from error
     except ValueError as error:
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(f"{file}: not valid JSON: {error}") from error
     if not isinstance(values, Mapping):
         raise CheckpointError(f"{file}: expected a JSON object, found {type(values).__name__}")
     return values
+
+
+def _check_is_file(file: Path, hint: str = "") -> None:
+    """Raises CheckpointError for what is missing or no file: reading a pipe or a device might never end."""
+    try:
+        mode = file.stat().st_mode
+    except FileNotFoundError as error:
+        link = f" ({file.name} is a link to what does not exist)" if file.is_symlink() else ""
+        raise CheckpointError(f"{file}: no such file{link}{hint}") from error
+    except (
+        OSError
+    ) as error:  # a circle of links, a folder that may not be entered, a file where a folder should be
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
+    if not stat.S_ISREG(mode):
+        raise CheckpointError(f"{file}: expected a file, found something else")

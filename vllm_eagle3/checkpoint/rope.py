@@ -24,6 +24,10 @@ def resolve_rope(layer: Mapping[str, Any], *, source: str) -> tuple[dict[str, An
     given = layer.get("rope_parameters") or {}
     layer_type = (layer.get("layer_types") or ["full_attention"])[0]
     given = given.get(layer_type, given)  # one dict per layer type
+    if not isinstance(given, Mapping):
+        raise CheckpointError(
+            f"{source}: rope_parameters.{layer_type}: expected an object, found {given!r:.200}"
+        )
     rope = {**(layer.get("rope_scaling") or {}), **given}
     theta = layer.get("rope_theta")
     if theta is not None and rope.setdefault("rope_theta", theta) != theta:

@@ -32,7 +32,7 @@ def left_to_stock(config: Mapping[str, Any], layer: Mapping[str, Any]) -> str | 
     for key in PARALLEL_KEYS:
         if config.get(key) is not None:
             return f"parallel drafting (P-EAGLE): the config has {key}"
-    if (nested.get("parallel_draft_step") or 1) > 1:
+    if nested.get("parallel_draft_step") not in (None, 0, 1):
         return f"parallel drafting: eagle_config.parallel_draft_step is {nested['parallel_draft_step']}"
     if layer.get("kv_lora_rank") is not None:
         return "an MLA draft (multi-head latent attention): the config has kv_lora_rank"
@@ -43,9 +43,6 @@ def left_to_stock(config: Mapping[str, Any], layer: Mapping[str, Any]) -> str | 
         return f"a draft of {layers} layers; this plugin has one"
     if config.get("use_aux_hidden_state") is False or nested.get("use_aux_hidden_state") is False:
         return "use_aux_hidden_state is false: the draft reads the target's last state only"
-    for key in ("num_aux_hidden_states", "num_aux_layers"):
-        if config.get(key) not in (None, 3):
-            return f"{key} is {config[key]!r}; this plugin fuses three states"
     return None
 
 

@@ -29,12 +29,16 @@ class TargetFacts:
         def fact(key: str) -> Any:
             return text.get(key, config.get(key))
 
+        def size(key: str) -> int | None:
+            value = fact(key)
+            return value if isinstance(value, int) else None
+
         return cls(
-            hidden_size=fact("hidden_size"),
-            vocab_size=fact("vocab_size"),
-            num_layers=fact("num_hidden_layers"),
-            max_position_embeddings=fact("max_position_embeddings"),
-            architectures=tuple(config.get("architectures") or ()),
+            hidden_size=size("hidden_size"),
+            vocab_size=size("vocab_size"),
+            num_layers=size("num_hidden_layers"),
+            max_position_embeddings=size("max_position_embeddings"),
+            architectures=_names(config.get("architectures")),
         )
 
     def check(self, *, hidden_size: int, vocab_size: int, source: str) -> None:
@@ -57,10 +61,14 @@ class TargetFacts:
                 f"max_position_embeddings: {draft_max_position}, shorter than the target's "
                 f"{self.max_position_embeddings}: beyond it the draft extrapolates and acceptance may fall"
             )
-        trained_on = tuple(verifier.get("architectures") or ())
+        trained_on = _names(verifier.get("architectures"))
         if trained_on and self.architectures and not set(trained_on) & set(self.architectures):
             notes.append(
                 f"target: the draft was trained on {verifier.get('name_or_path')} ({', '.join(trained_on)}), "
                 f"this target is {', '.join(self.architectures)}: SAME SIZES, ANOTHER ARCHITECTURE"
             )
         return notes
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    return tuple(name for name in value if isinstance(name, str)) if isinstance(value, list) else ()

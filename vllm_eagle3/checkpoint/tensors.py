@@ -5,8 +5,10 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
+from vllm_eagle3.checkpoint.aux_layers import SET_OPTION, USUAL
 from vllm_eagle3.checkpoint.config import DraftConfig
 from vllm_eagle3.checkpoint.errors import CheckpointError
+from vllm_eagle3.checkpoint.values import FP8_DTYPES, PACKED_DTYPES, check_dtype, check_finite, check_scales
 from vllm_eagle3.checkpoint.vocab_map import resolve_vocab_map
 
 LAYER = "layers.0."
@@ -34,7 +36,6 @@ QUANTISATION_PARAMETERS = PACKED_WEIGHTS | {
     "k_scale",
     "v_scale",
 }
-PACKED_DTYPES = {torch.uint8, torch.int32}
 
 Shape = tuple[int, ...]
 
@@ -121,6 +122,24 @@ def canonical_tensors(
     yield from stream.finish()
 
 
+def refuse_another_model(config: DraftConfig, names: Iterable[str], source: str) -> None:
+    """Raises CheckpointError for a language model where a draft is expected, and where the tensors contradict the
+    number of layers in config.json. Holds also for drafts that are left to stock vLLM."""
+    names = list(names)
+    if not any(name.startswith("fc.") for name in names) and any(n.startswith("model.") for n in names):
+        layers = config.layer_config.get("num_hidden_layers")
+        raise CheckpointError(
+            f"{source}: expected an EAGLE-3 draft, found a language model of {layers} layers (tensors model.*, no "
+            "fc.weight). Is it the target?"
+        )
+    indices = {name.split(".")[1] for name in map(canonical_name, names) if name.startswith("layers.")}
+    stated = config.layer_config.get("num_hidden_layers")
+    if indices and isinstance(stated, int) and stated != len(indices):
+        raise CheckpointError(
+            f"{source}: config.json says num_hidden_layers is {stated}, but there are tensors of {len(indices)}"
+        )
+
+
 class _Stream:
     """What has been seen so far, and what has to wait for the end: the maps, and a head that needs them."""
 
@@ -134,6 +153,7 @@ class _Stream:
         self.seen: dict[str, str] = {}
         self.held: dict[str, Tensor] = {}
         self.bias_dtype = torch.float32
+        self.fp8: dict[str, str] = {}  # canonical name of each fp8 weight -> its original name
 
     def accepts(self, original: str, tensor: Tensor) -> bool:
         """Check one tensor. True: pass it on now; False: it is held back or can be recomputed."""
@@ -146,12 +166,17 @@ class _Stream:
         if name in ("d2t", "t2d"):
             self.held[name] = tensor
             return False
-        module, _, parameter = name.rpartition(".")
+        if tensor.is_floating_point():
+            check_finite(original, tensor, where)
+        parameter = name.rpartition(".")[2]
         if name not in self.shapes:
             if self.quantised and parameter in QUANTISATION_PARAMETERS:
                 return True
             found = f"{original} {list(tensor.shape)}"
             raise CheckpointError(f"{where}: unknown tensor {found}{self._hint(name)}")
+        check_dtype(original, tensor, where, self.quantised)
+        if tensor.dtype in FP8_DTYPES:
+            self.fp8[name] = original
         full_head = (self.config.vocab_size, self.config.hidden_size)
         if name == "lm_head.weight" and self.config.has_draft_vocab and tensor.shape == full_head:
             self.held[name] = tensor
@@ -175,6 +200,7 @@ class _Stream:
         missing = [f"{name} {list(shape)}" for name, shape in self.required.items() if name not in have]
         if missing:
             raise CheckpointError(f"{self.source}: missing tensors: {', '.join(missing)}")
+        check_scales(self.fp8, have, self.file_of, self.source)
         target_ids = self._target_ids()
         head, embedding = self.held.get("lm_head.weight"), self.held.get("embed_tokens.weight")
         if head is not None:
@@ -249,10 +275,15 @@ class _Stream:
 
     def _shape_hint(self, name: str, tensor: Tensor) -> str:
         h, ht = self.config.hidden_size, self.config.target_hidden_size
-        if name == "fc.weight" and tensor.shape == (h, 2 * h):
+        if name == "fc.weight" and tensor.shape == (h, 2 * h) and self.config.num_aux_hidden_states == USUAL:
             return ": that is an EAGLE-1 or EAGLE-2 draft"
         if name == "fc.weight":
-            return f" (hidden_size {h}, {self.config.num_aux_hidden_states} x target_hidden_size {ht})"
+            number, rest = divmod(tensor.shape[-1] if tensor.dim() == 2 else 0, ht)
+            fits = number > 0 and not rest and tensor.shape[0] == h
+            states = f"; its width is that of {number} states: {SET_OPTION} to {number} ids" if fits else ""
+            return (
+                f" (hidden_size {h}, {self.config.num_aux_hidden_states} x target_hidden_size {ht}{states})"
+            )
         if name == "lm_head.weight":
             return f" (draft_vocab_size {self.config.draft_vocab_size}, hidden_size {h})"
         if name == "embed_tokens.weight":

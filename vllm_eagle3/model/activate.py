@@ -85,7 +85,7 @@ def _rewrite(model: Any, config: DraftConfig, max_model_len: int) -> None:
     hf.eagle_config = {"use_aux_hidden_state": True, "norm_before_fc": config.norm_before_fc}
     hf.draft_vocab_size = config.draft_vocab_size
     hf.target_hidden_size = config.target_hidden_size
-    hf.num_aux_hidden_states = config.num_aux_hidden_states
+    hf.num_aux_hidden_states = hf.num_aux_layers = config.num_aux_hidden_states  # llama's name, qwen3's
     for flag in ("norm_before_residual", "fc_norm", "norm_output"):
         setattr(hf, flag, getattr(config, flag))
     # Trainers state the length they trained on. Without scaling, RoPE is a closed form: the table only has to be

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
@@ -16,7 +17,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 from vllm.model_executor.models.llama_eagle3 import Eagle3LlamaForCausalLM
 from vllm.model_executor.models.qwen3_eagle3 import Eagle3Qwen3ForCausalLM
 
-from vllm_eagle3.checkpoint import canonical_tensors
+from vllm_eagle3.checkpoint import canonical_tensors, refuse_unreadable
 from vllm_eagle3.checkpoint.target_head import target_head_rows
 from vllm_eagle3.config import Eagle3Options
 from vllm_eagle3.kernels import HeadTopK, concat_fc, finite, head_topk, top_children
@@ -49,8 +50,11 @@ class _DraftMixin(nn.Module):
         """[draft_vocab] int64: target id of each draft id; None where the vocabularies are equal."""
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Load tensors of any dialect. Raises CheckpointError on what is missing, unknown or misshapen."""
-        tensors = dict(canonical_tensors(self.draft_config, weights, source=self.source))
+        """Load tensors of any dialect. Raises CheckpointError on what is missing, unknown, misshapen or unreadable."""
+        try:
+            tensors = dict(canonical_tensors(self.draft_config, weights, source=self.source))
+        except (SafetensorError, OSError, RuntimeError) as error:
+            refuse_unreadable(self.source, error)
         if self.draft_config.has_draft_vocab and "lm_head.weight" not in tensors:
             # Stock vLLM would share the target's head and read its first rows as the draft's vocabulary.
             ids = tensors["d2t"].cpu() + torch.arange(self.draft_config.draft_vocab_size, device="cpu")
@@ -87,12 +91,12 @@ class _DraftMixin(nn.Module):
         return self.int8[model.fc](fused) if model.fc in self.int8 else model.fc(fused)
 
     def combine_hidden_states(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """g [n, h] from concatenated states [n, 3 h_target].
+        """g [n, h] from the concatenated states [n, states * h_target].
 
         Upstream normalises strided chunks, which vLLM's CPU kernel reads as if they were contiguous, so that with
         `fc_norm` every row but the first is wrong. `fuse` gives the kernel contiguous states.
         """
-        return self.fuse(hidden_states.chunk(3, dim=-1))
+        return self.fuse(hidden_states.chunk(self.draft_config.num_aux_hidden_states, dim=-1))
 
     def get_top_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Most likely target ids [n] int64 for normed outputs [n, h]: argmax in the draft vocabulary, then mapped."""

@@ -1,11 +1,24 @@
-"""Take `num_speculative_tokens` from the size of the draft tree when the user gives none."""
+"""Check the draft before anything is built, and take `num_speculative_tokens` from the size of the draft tree when the
+user gives none. Runs in the process that the user started."""
 
+import difflib
+import logging
+import sys
+from pathlib import Path
+from types import TracebackType
 from typing import Any
 
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from vllm.engine.arg_utils import EngineArgs
+from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
-from vllm_eagle3.config import Eagle3Options
+from vllm_eagle3.checkpoint import CheckpointError, check_draft
+from vllm_eagle3.config import KEY, Eagle3Options
 
+logger = logging.getLogger("vllm.eagle3")
+
+WITH_WEIGHTS = ("auto", "hf", "safetensors", "pt")  # values of --load-format that read a checkpoint's files
 _stock = EngineArgs.create_speculative_config
 
 
@@ -13,13 +26,61 @@ def create_speculative_config(self: EngineArgs, target_model_config: Any, target
     """Replaces the method of this name. Without `num_speculative_tokens`, the number of the tree's nodes is taken.
 
     Raises:
+        CheckpointError: a draft that is broken or made for another target.
         ValueError: a bad option in `additional_config`.
     """
     given = {key.replace("-", "_"): value for key, value in (self.speculative_config or {}).items()}
-    method = given.get("method", self.spec_method)
-    tokens = given.get("num_speculative_tokens", self.spec_tokens)
-    if method == "eagle3" and tokens is None:
-        tree = Eagle3Options.from_additional_config(self.additional_config).tree
-        if tree is not None:
-            self.speculative_config = given | {"num_speculative_tokens": tree.nodes}
+    if given.get("method", self.spec_method) == "eagle3":
+        options = Eagle3Options.from_additional_config(self.additional_config)
+        _warn_of_misspelled_key(self.additional_config)
+        if given.get("num_speculative_tokens", self.spec_tokens) is None and options.tree is not None:
+            self.speculative_config = given | {"num_speculative_tokens": options.tree.nodes}
+        draft = given.get("model", self.spec_model)
+        if draft is not None and self.load_format in WITH_WEIGHTS and not given.get("parallel_drafting"):
+            _check(str(draft), given.get("revision"), target_model_config, options)
     return _stock(self, target_model_config, target_parallel_config)
+
+
+def _check(draft: str, revision: str | None, target: Any, options: Eagle3Options) -> None:
+    folder = _local(draft, revision)
+    if folder is None:
+        return  # a name on the hub that has to be downloaded first: the worker checks it while it loads
+    try:
+        target_config = get_hf_file_to_dict("config.json", target.model, target.revision)
+        check_draft(folder, target_config, options.aux_layers)
+    except CheckpointError:
+        _show_in_one_line()
+        raise
+
+
+def _local(draft: str, revision: str | None) -> Path | None:
+    """The folder of a draft that is on this machine."""
+    if Path(draft).exists() or Path(draft).is_symlink() or draft.startswith(("/", "./", "../", "~")):
+        return Path(draft)
+    try:
+        return Path(snapshot_download(draft, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+
+
+def _warn_of_misspelled_key(additional_config: Any) -> None:
+    """Other keys belong to other plugins, but one that is nearly ours is a slip that would go unnoticed."""
+    for key in additional_config or {}:
+        if key != KEY and difflib.get_close_matches(str(key).lower(), [KEY], cutoff=0.75):
+            logger.warning("vllm-eagle3: additional_config has a key %r; did you mean %r?", key, KEY)
+
+
+def _show_in_one_line() -> None:
+    """Where nobody catches a CheckpointError, print its text and no traceback: it is about a file, not about code."""
+    before = sys.excepthook
+    if getattr(before, "of_checkpoints", False):
+        return
+
+    def excepthook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        if isinstance(error, CheckpointError):
+            sys.stderr.write(f"vllm-eagle3: error: {error}\n")
+        else:
+            before(kind, error, traceback)
+
+    excepthook.of_checkpoints = True  # type: ignore[attr-defined]
+    sys.excepthook = excepthook

@@ -1,6 +1,8 @@
 """Validate the plugin's options and install the policy scheduler when a `VllmConfig` is built."""
 
+from vllm import envs
 from vllm.config.vllm import VllmConfig
+from vllm.triton_utils import HAS_TRITON
 
 from vllm_eagle3.config import Eagle3Options
 from vllm_eagle3.runner import policy_install
@@ -12,9 +14,23 @@ def post_init(self: VllmConfig) -> None:
     """Replaces `VllmConfig.__post_init__`, because the policy has to act before vLLM derives its CUDA graph sizes.
 
     Raises:
-        ValueError: a bad option in `additional_config`.
+        ValueError: a bad option in `additional_config`; a tree without the V2 runner.
     """
     speculative = self.speculative_config
     if speculative is not None and speculative.method == "eagle3":
-        policy_install.install(self, Eagle3Options.from_additional_config(self.additional_config))
+        options = Eagle3Options.from_additional_config(self.additional_config)
+        if options.tree is not None and not self.use_v2_model_runner:
+            raise ValueError(
+                "additional_config: option 'eagle3.tree': draft trees need vLLM's V2 model runner, this engine gets "
+                f"the V1 runner {_why_v1()}. Without the option it drafts chains"
+            )
+        policy_install.install(self, options)
     _stock_post_init(self)
+
+
+def _why_v1() -> str:
+    if envs.VLLM_USE_V2_MODEL_RUNNER is False:
+        return "because VLLM_USE_V2_MODEL_RUNNER is 0"
+    if not HAS_TRITON:
+        return "because Triton has no backend for this device"
+    return "because vLLM does not run this configuration on V2 (its log says why)"

@@ -13,7 +13,6 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.eagle import EagleProposer
 from vllm.v1.spec_decode.llm_base_proposer import compute_probs_and_sample_next_token
 
-from vllm_eagle3.config import Eagle3Options
 from vllm_eagle3.model.activate import activate
 from vllm_eagle3.runner.chain import draft_chain
 from vllm_eagle3.runner.policy_install import in_charge
@@ -31,16 +30,9 @@ class Eagle3Proposer(EagleProposer):
 
     model: Any
 
-    def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any = None) -> None:
+    def __init__(self, vllm_config: VllmConfig, device: torch.device | str, runner: Any = None) -> None:
+        device = torch.device(device)  # vLLM takes a name as well
         self.draft_config = activate(vllm_config)
-        if (
-            self.draft_config is not None
-            and Eagle3Options.from_additional_config(vllm_config.additional_config).tree
-        ):
-            raise ValueError(
-                "additional_config: option 'eagle3.tree': draft trees need vLLM's V2 model runner, found the V1 "
-                "runner. Unset VLLM_USE_V2_MODEL_RUNNER=0, or leave the option out to draft chains"
-            )
         super().__init__(vllm_config, device, runner)
         # Where no CUDA graph is captured, one step over the drafting rows is faster than vLLM's padded loop.
         self.direct = self.draft_config is not None and device.type == "cpu"
