@@ -3,11 +3,10 @@
 from types import ModuleType
 from typing import Any
 
+from vllm import __version__ as vllm_version
 from vllm.config.vllm import VllmConfig
 from vllm.platforms import current_platform
 from vllm.triton_utils import HAS_TRITON
-
-from vllm_eagle3.plugin import vllm_version
 
 WRITTEN_FOR = "0.32."
 """Version of vLLM whose kernels have CPU forms here; others have other parameters."""
@@ -20,7 +19,7 @@ def validate_v2_model_runner(self: VllmConfig) -> None:
     Raises:
         ValueError: what vLLM's V2 runner does not support; names all of it.
     """
-    if HAS_TRITON or not current_platform.is_cpu() or not vllm_version().startswith(WRITTEN_FOR):
+    if HAS_TRITON or not current_platform.is_cpu() or not vllm_version.startswith(WRITTEN_FOR):
         return _stock_validate(self)
     unsupported = self._get_v2_model_runner_unsupported_features()
     if unsupported:
