@@ -162,6 +162,8 @@ def train_draft(job: TrainJob) -> Path:
         trainer.on_save, trainer.on_best = publish_as("head"), publish_as("best")
         trainer.train()
         trainer.finish(before)
+    if ready.validation:
+        trainers[-1].last_validation = trainers[-1].evaluate()
     ready.ranks.together(
         (lambda: publish_result(job, trainers, ready, corpus)) if ready.ranks.rank == 0 else None
     )

@@ -1,7 +1,7 @@
 """Recipes: a training run as a TOML file, with stages.
 
     licence = "mit"                       # and further options of a job
-    data = ["answers.jsonl.gz"]           # files, looked for in --data-dir
+    data = ["answers.jsonl.gz"]           # files, looked for in --data-dir; features_dir is within --out
     [settings]                            # options of all stages
     [validation]                          # tasks: lists of sources; tau is the mean over tasks
     [licences]                            # source = "licence"; a source without one is an error
@@ -100,6 +100,8 @@ def job_of(
     )
     if "data" in found and "data" not in given:
         job = replace(job, data=tuple(folder / path for path in job.data))
+    if "features_dir" in found and "features_dir" not in given:
+        job = replace(job, features_dir=out / found["features_dir"])
     return job
 
 
