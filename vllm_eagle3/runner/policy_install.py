@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vllm.eagle3")
 
 SCHEDULER = "vllm_eagle3.runner.policy_scheduler.build_scheduler"
-MOST_CAPTURED = 512  # requests in the widest CUDA graph, as vLLM's default
+MOST_REQUESTS = 512  # in the widest CUDA graph, as vLLM's default
+MOST_TOKENS = (
+    1024  # in a CUDA graph that drafts: FlashAttention 3 keeps 32 fp32 partial outputs a token (4 bytes each)
+)
 TREE_SHARES = (0.25, 0.5, 1.0)  # of the tree's nodes
 
 
@@ -44,8 +47,8 @@ def install(vllm_config: VllmConfig, options: Eagle3Options) -> bool:
         sizes = sizes[-scheduler.max_num_seqs :]
         graphs = vllm_config.compilation_config
         given = graphs.cudagraph_capture_sizes or graphs.max_cudagraph_capture_size
-        if options.tree is None and given is None:
-            graphs.cudagraph_capture_sizes = _graph_sizes(sizes, scheduler.max_num_seqs)
+        if given is None:
+            graphs.cudagraph_capture_sizes = _graph_sizes([k + 1 for k in sizes], scheduler.max_num_seqs)
     # One range a size: the runner captures graphs for exactly these sizes, and the policy chooses among them.
     # The last range reaches to the widest batch, because vLLM derives the sizes to capture from it.
     spec.num_speculative_tokens_per_batch_size = [
@@ -75,28 +78,56 @@ def _obstacle(vllm_config: VllmConfig) -> str | None:
 def _sizes(most: int, options: Eagle3Options, every: bool) -> list[int]:
     """Numbers of drafts a request that the policy may choose, from 0 to `most`.
 
-    every: all lengths of chains. Otherwise only those whose query length, K + 1, divides the longest query length (or
-    twice that, if it is odd).
+    every: all lengths of chains, and shares of a tree's nodes. Otherwise query lengths (one more than the drafts) that
+    CUDA graphs can share: of chains those that divide the longest one (or twice that, if it is odd); of trees a
+    quarter, a half and the whole of the largest multiple of four, for which a tree gives up three nodes at most.
     """
-    if options.tree is not None:
+    if options.tree is None:
+        length = most + 1 if most % 2 else 2 * (most + 1)
+        return [k for k in range(most + 1) if every or length % (k + 1) == 0]
+    if every or most < 3:
         return sorted({0, *(max(round(share * most), 1) for share in TREE_SHARES)})
-    length = most + 1 if most % 2 else 2 * (most + 1)
-    return [k for k in range(most + 1) if every or length % (k + 1) == 0]
+    quarter = (most + 1) // 4
+    return sorted({0, *(quarter * part - 1 for part in (1, 2, 4))})
 
 
-def _graph_sizes(sizes: list[int], max_num_seqs: int) -> list[int]:
-    """Numbers of tokens to capture CUDA graphs for: multiples of every query length.
+def _graph_sizes(lengths: list[int], max_num_seqs: int) -> list[int]:
+    """Numbers of tokens to capture CUDA graphs for, such that a batch of any of these query lengths finds one.
 
-    vLLM looks for a full graph only at the next captured number of tokens, whichever query length that number was
-    captured for. So every number has to be captured for all query lengths.
+    lengths: ascending, what each request of a batch may verify. vLLM captures at each number, rounded up to a multiple
+    of every query length, and looks only at the next captured number, which has to be a multiple of the batch's query
+    length. A common multiple of all lengths always is. Where common multiples are too far apart, every multiple of
+    every length is captured: for few tokens, and where a batch has as many requests as there may be.
     """
-    lengths = [size + 1 for size in sizes]
     common = math.lcm(*lengths)
-    requests = min(max_num_seqs, MOST_CAPTURED)
-    widest = [max(requests * length // common, 1) for length in lengths]
-    steps = ((1, 8, 1), (8, 32, 4), (32, 128, 8), (128, 256, 16), (256, max(widest), 32))
-    counts = {*widest, *chain.from_iterable(range(*step) for step in steps)}
-    return [common * count for count in sorted(counts) if count <= max(widest)]
+    requests = min(max_num_seqs, MOST_REQUESTS)
+    widest = requests * lengths[-1]
+    most = max(MOST_TOKENS, requests, lengths[-1])
+    if widest > most:
+        widest = max(most // common * common, requests)
+    counts = chain(
+        range(1, 8), range(8, 32, 4), range(32, 128, 8), range(128, 256, 16), range(256, widest + 1, 32)
+    )
+    sizes = {common * count for count in counts}
+    if common > 16:  # rounding up to it would cost more than a few rows
+        sizes = {size for size in sizes if size > 4 * common} | set(_multiples(lengths, 0, 4 * common))
+    for length in lengths:  # batches of max_num_seqs requests, and nearly that many
+        full = min(requests * length, widest)
+        below = full // common * common
+        sizes |= {full, below, *_multiples(lengths, below, below + common)}
+    while True:
+        rounded = {-(-size // length) * length for size in sizes for length in lengths}
+        if rounded <= sizes:
+            return sorted(size for size in sizes if 0 < size <= widest)
+        sizes |= rounded
+
+
+def _multiples(lengths: list[int], above: int, most: int) -> list[int]:
+    """Every multiple of any length but 1 in (above, most]; of 1 the powers of two below the next length."""
+    longer = [length for length in lengths if length > 1] or [most + 1]
+    found = [n for n in range(above + 1, most + 1) if any(n % length == 0 for length in longer)]
+    powers = [1 << i for i in range(min(longer).bit_length()) if above < 1 << i < min(longer)]
+    return sorted({*found, *(powers if 1 in lengths else [])})
 
 
 def in_charge(vllm_config: VllmConfig) -> bool:

@@ -39,7 +39,8 @@ def report_lookahead(vllm_config: Any, tree: TreeOptions) -> None:
     logger.info(
         "vllm-eagle3: draft trees of depth %d, topk %d, %d nodes; %d slots are kept free behind every running request "
         "(%.1f MB of the target's KV cache for each request on each rank), and each request takes %d of the %d tokens "
-        "of a step: at most %d requests decode at a time",
+        "of a step: at most %d requests decode at a time. Beside the cache, the grammar bitmask takes %.1f MB (it "
+        "grows with max_num_seqs) and the scratch keys of the draft %.1f MB",
         tree.depth,
         tree.topk,
         tree.nodes,
@@ -48,4 +49,21 @@ def report_lookahead(vllm_config: Any, tree: TreeOptions) -> None:
         room,
         budget,
         budget // room,
+        grammar_bitmask_bytes(vllm_config) / 1e6,
+        scratch_bytes(vllm_config, tree) / 1e6,
     )
+
+
+def grammar_bitmask_bytes(vllm_config: Any) -> int:
+    """What the bitmask of structured outputs takes on the device: a bit a token, a row for each node of a request."""
+    rows = vllm_config.scheduler_config.max_num_seqs * (
+        vllm_config.speculative_config.num_speculative_tokens + 1
+    )
+    return rows * -(-vllm_config.model_config.get_vocab_size() // 32) * 4
+
+
+def scratch_bytes(vllm_config: Any, tree: TreeOptions) -> int:
+    """What the keys and values of a growing tree take: all levels but the last, for every request."""
+    draft, parallel = vllm_config.speculative_config.draft_model_config, vllm_config.parallel_config
+    nodes = vllm_config.scheduler_config.max_num_seqs * (tree.depth - 1) * tree.topk
+    return 2 * nodes * draft.get_num_kv_heads(parallel) * draft.get_head_size() * draft.dtype.itemsize
