@@ -19,7 +19,7 @@ LAYERS = (
     {"cli", "examples", "benchmarks"},
 )
 # These import nothing of this project but themselves.
-FOUNDATION = {"checkpoint", "config", "provenance", "prompts"}
+FOUNDATION = {"user_input", "checkpoint", "config", "provenance", "prompts"}
 # These may import vLLM's modules, others only `vllm` itself and PUBLIC.
 NAMES_VLLM = {"runner", "model", "benchmarks", "examples"}
 PUBLIC = ("vllm.sampling_params",)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from dialects import DIALECTS, Dims, draft_tensors, target_config, write_dialect
 
 from vllm_eagle3.checkpoint import add_parser, inspect
+from vllm_eagle3.checkpoint.errors import CheckpointError
 
 DIMS = Dims()
 
@@ -74,10 +76,10 @@ def test_without_target_and_with_aux_layers(tmp_path: Path, capsys: pytest.Captu
 def test_broken_checkpoint(tmp_path: Path, target: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tensors = draft_tensors(DIMS) | {"norm.weight": torch.zeros(31)}
     draft = write_dialect(tmp_path / "draft", "speculators", tensors, DIMS)
-    assert command(draft, "--target", target) == 1
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err == f"error: {draft / 'model.safetensors'}: norm.weight: expected [32], found [31]\n"
+    expected = f"{draft / 'model.safetensors'}: norm.weight: expected [32], found [31]"
+    with pytest.raises(CheckpointError, match=re.escape(expected)):
+        command(draft, "--target", target)
+    assert capsys.readouterr().out == ""
 
 
 def test_draft_that_stock_vllm_serves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -148,15 +148,15 @@ def test_engines_are_measured_in_turn_and_the_first_repeat_is_dropped(monkeypatc
     assert "SYNTHETIC" in capsys.readouterr().out
 
 
-def test_a_dead_engine_is_an_error(capsys) -> None:
-    code = main(["sweep", "--modes", "none", "--target", "/nowhere", "--draft", "/nowhere"])
-    assert code == 1
+def test_a_dead_engine_is_an_error(closed_form_target, capsys) -> None:
+    code = main(["sweep", "--modes", "none", "--target", str(closed_form_target), "--draft", "a/draft"])
+    assert code == 2
     assert "the engine 'none' died" in capsys.readouterr().err
 
 
 def test_synthetic_acceptance_without_a_gpu_is_refused(monkeypatch, capsys) -> None:
     monkeypatch.setattr(sweep_module.torch.cuda, "is_available", lambda: False)
-    assert main(["sweep", "--shape", "tiny"]) == 1
+    assert main(["sweep", "--shape", "tiny"]) == 2
     assert "--shape: vLLM's synthetic acceptance needs a GPU" in capsys.readouterr().err
 
 

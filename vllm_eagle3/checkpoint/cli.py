@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vllm_eagle3.checkpoint.errors import CheckpointError
 from vllm_eagle3.checkpoint.files import Checkpoint, read_checkpoint
 from vllm_eagle3.checkpoint.tensors import refuse_another_model
 
@@ -69,12 +68,8 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the canonical form and return 0, or the error on stderr and return 1."""
-    try:
-        form = describe(read_checkpoint(args.path, args.target, args.aux_layers))
-    except CheckpointError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
+    """Print the canonical form and return 0. Raises CheckpointError."""
+    form = describe(read_checkpoint(args.path, args.target, args.aux_layers))
     sys.stdout.write(json.dumps(form, indent=2) + "\n" if args.json else _render(form))
     return 0
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from vllm_eagle3.config import GraftOptions, TreeOptions
-from vllm_eagle3.evaluation.settings import DTYPES, MODES, EvalSettings
+from vllm_eagle3.evaluation.settings import DTYPES, MODES, EvalSettings, load_tasks
+from vllm_eagle3.user_input import check_model, check_output_file, require_packages
 
 NOTE = (
     "tau: tokens per verification, bonus included; nodes: drafted tokens a verification; n-alpha: acceptance "
@@ -87,24 +89,48 @@ def add_parser(subparsers: Any) -> None:
     parser.set_defaults(func=run)
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Table to stdout, files as asked, returns 0; or the error to stderr, and returns 1."""
+def settings_of(arguments: argparse.Namespace) -> EvalSettings:
+    """The settings that the options describe; the default pair is fetched once all else has been checked.
+
+    Raises:
+        ValueError: an option has a bad value.
+        RuntimeError: the default target could not be fetched.
+    """
     from vllm_eagle3.evaluation.demo_models import default_draft, default_target
+
+    check_output_file(arguments.json, "--json")
+    check_output_file(arguments.plot, "--plot")
+    if arguments.plot:
+        require_packages(["matplotlib"], "--plot", "eval")
+    fields = {name: getattr(arguments, name) for name in EvalSettings.__dataclass_fields__}
+    fields |= {
+        "data": tuple(arguments.data),
+        "target": arguments.target or "",
+        "draft": arguments.draft or "",
+    }
+    for option in ("target", "draft"):
+        if fields[option]:
+            check_model(fields[option], f"--{option}")
+    settings = EvalSettings(**fields)
+    load_tasks(settings)
+    return replace(
+        settings,
+        target=settings.target or str(default_target()),
+        draft=settings.draft or str(default_draft()),
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the table, write the files that were asked for, and return 0.
+
+    Raises:
+        ValueError: an option or a prompt is wrong.
+        RuntimeError: an engine failed.
+    """
     from vllm_eagle3.evaluation.evaluate import evaluate
     from vllm_eagle3.evaluation.report import plot, table
 
-    try:
-        for path in (arguments.json, arguments.plot):
-            if path is not None and not path.resolve().parent.is_dir():
-                raise ValueError(f"{path}: its folder does not exist")  # now, not after the runs
-        fields = {name: getattr(arguments, name) for name in EvalSettings.__dataclass_fields__}
-        fields["data"] = tuple(arguments.data)
-        fields["target"] = arguments.target or str(default_target())
-        fields["draft"] = arguments.draft or str(default_draft())
-        result = evaluate(EvalSettings(**fields))
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
-        sys.stderr.write(f"vllm-eagle3 eval: {error}\n")
-        return 1
+    result = evaluate(settings_of(arguments))
     sys.stdout.write(f"{table(result['results'])}\n{NOTE}\n")
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

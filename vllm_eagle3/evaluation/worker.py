@@ -14,22 +14,9 @@ from pathlib import Path
 
 from vllm_eagle3.evaluation.engines import Engine, ReferenceEngine, VllmEngine
 from vllm_eagle3.evaluation.metrics import TaskRun
-from vllm_eagle3.evaluation.settings import EvalSettings
-from vllm_eagle3.prompts import Prompt, load_prompts
+from vllm_eagle3.evaluation.settings import EvalSettings, load_tasks
+from vllm_eagle3.prompts import Prompt
 from vllm_eagle3.runner.engine_memory import NotEnoughMemoryError
-
-
-def tasks(settings: EvalSettings) -> dict[str, list[Prompt]]:
-    """Prompts by task, at most `limit` of each file. Raises ValueError if two prompts share an id."""
-    found: dict[str, list[Prompt]] = {}
-    ids: set[str] = set()
-    for path in settings.data:
-        for prompt in load_prompts(path)[: settings.limit]:
-            if prompt.id in ids:
-                raise ValueError(f"{path}: a second prompt with id {prompt.id!r}")
-            ids.add(prompt.id)
-            found.setdefault(prompt.source, []).append(prompt)
-    return found
 
 
 def run_task(engine: Engine, mode: str, task: str, prompts: list[Prompt], settings: EvalSettings) -> TaskRun:
@@ -67,7 +54,7 @@ def run_mode(mode: str, settings: EvalSettings) -> Iterator[TaskRun]:
         engine = ReferenceEngine(mode, settings)
     else:
         engine = VllmEngine(mode, settings, timed=os.environ.get("EAGLE3_INTERPRET") != "1")
-    for task, prompts in tasks(settings).items():
+    for task, prompts in load_tasks(settings).items():
         yield run_task(engine, mode, task, prompts, settings)
 
 

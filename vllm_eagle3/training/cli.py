@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import json
 import logging
 import shlex
 from dataclasses import replace
@@ -14,6 +12,13 @@ from typing import Any
 from vllm_eagle3.training import recipe
 from vllm_eagle3.training.options import add_options, options_of
 from vllm_eagle3.training.settings import Answers, LossOptions, TrainJob, TrainSettings
+from vllm_eagle3.user_input import (
+    check_files,
+    check_model,
+    check_output_folder,
+    read_json_object,
+    require_packages,
+)
 
 logger = logging.getLogger(__name__)
 EXAMPLE = "vllm-eagle3 train --target DIR --prompts prompts.jsonl --generate '--limit 300' --out runs/x"
@@ -58,24 +63,38 @@ def job_from(args: argparse.Namespace) -> TrainJob:
     folder = args.data_dir or (path.parent if path else Path())
     job = recipe.job_of(path, given, args.out, folder, answers)
     if args.source_licences:
-        job = replace(job, source_licences=json.loads(args.source_licences.read_text()))
+        job = replace(job, source_licences=read_json_object(args.source_licences, "--source-licences"))
     return job
 
 
+def check(job: TrainJob) -> None:
+    """Refuse what would otherwise be found out after the work, or in a library's words."""
+    check_model(job.target, "--target")
+    if job.init_from is not None:
+        check_model(str(job.init_from), "--init-from")
+    check_output_folder(job.settings.out, "--out")
+    check_files(job.data, "--data")
+    for answers in job.answers:
+        # Others may be names of data sets.
+        check_files(
+            [path for path in answers.prompts if path.suffix in (".json", ".jsonl", ".gz")], "--prompts"
+        )
+
+
 def main(args: argparse.Namespace) -> int:
-    """Train; returns 0, or 2 after printing what was wrong with the input."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        logger.error("training needs %s: pip install 'vllm-eagle3[train]'", " and ".join(missing))
-        return 2
-    from vllm_eagle3.checkpoint import CheckpointError
+    """Train and return 0.
+
+    Raises:
+        ValueError: an option or a file is wrong.
+        RuntimeError: the target could not answer the prompts.
+        FloatingPointError: the loss is not finite.
+    """
+    require_packages(NEEDED, "train", "train")
+    job = job_from(args)
+    check(job)
     from vllm_eagle3.training.job import train_draft
 
-    try:
-        head = train_draft(job_from(args))
-    except (ValueError, OSError, FloatingPointError, RuntimeError, CheckpointError) as error:
-        logger.error("%s", error)
-        return 2
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    head = train_draft(job)
     logger.info("draft and model card: %s", head)
     return 0

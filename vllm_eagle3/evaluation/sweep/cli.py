@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from vllm_eagle3.evaluation.cli import names, tree_shape
 from vllm_eagle3.evaluation.model_shapes import SHAPES
 from vllm_eagle3.evaluation.settings import DTYPES
 from vllm_eagle3.evaluation.sweep.settings import MODES, SweepSettings
+from vllm_eagle3.prompts import load_prompts
+from vllm_eagle3.user_input import check_model, check_output_file, require_packages
 
 DATA = Path(__file__).resolve().parents[3] / "tests" / "data" / "prompts.jsonl"
 SYNTHETIC = (
@@ -101,13 +104,36 @@ def settings_of(arguments: argparse.Namespace) -> SweepSettings:
         )
     fields = {name: getattr(arguments, name) for name in SweepSettings.__dataclass_fields__}
     fields["data"] = tuple(arguments.data)
-    for name, default in (("target", default_target), ("draft", default_draft)):
-        fields[name] = fields[name] or (f"shape {arguments.shape}" if arguments.shape else str(default()))
-    return SweepSettings(**fields)
+    for name in ("target", "draft"):
+        fields[name] = fields[name] or (f"shape {arguments.shape}" if arguments.shape else "")
+    settings = SweepSettings(**fields)
+    for path in settings.data:
+        load_prompts(path)
+    return replace(  # after the checks, because the default target may have to be fetched
+        settings,
+        target=settings.target or str(default_target()),
+        draft=settings.draft or str(default_draft()),
+    )
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Refuse files that cannot be written, paths that are no models, and a figure without matplotlib."""
+    check_output_file(arguments.json, "--json")
+    check_output_file(arguments.plot, "--plot")
+    if arguments.plot:
+        require_packages(["matplotlib"], "--plot", "eval")
+    for option in ("target", "draft"):
+        if getattr(arguments, option):
+            check_model(getattr(arguments, option), f"--{option}")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Table to stdout, files as asked, returns 0; or the error to stderr, and returns 1."""
+    """Print the table, write the files that were asked for, and return 0.
+
+    Raises:
+        ValueError: an option or a prompt is wrong.
+        RuntimeError: an engine failed.
+    """
     from vllm_eagle3.evaluation.sweep.report import plot, table
     from vllm_eagle3.evaluation.sweep.run import sweep
 
@@ -115,18 +141,12 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.json:
             arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
-    try:
-        for path in (arguments.json, arguments.plot):
-            if path is not None and not path.resolve().parent.is_dir():
-                raise ValueError(f"{path}: its folder does not exist")  # now, not after the runs
-        settings = settings_of(arguments)
-        synthetic = settings.shape is not None
-        if synthetic:
-            sys.stderr.write(f"{SYNTHETIC}\n")
-        result = sweep(settings, save)
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
-        sys.stderr.write(f"vllm-eagle3 sweep: {error}\n")
-        return 1
+    check(arguments)
+    settings = settings_of(arguments)
+    synthetic = settings.shape is not None
+    if synthetic:
+        sys.stderr.write(f"{SYNTHETIC}\n")
+    result = sweep(settings, save)
     save(result)
     sys.stdout.write(table(result["results"], synthetic) + "\n")
     if synthetic:
