@@ -1,5 +1,7 @@
-"""Open-loop load on a server: TTFT, TPOT and throughput at rising request rates, without speculation, with stock
-eagle3 and with policy auto. Arrivals are Poisson, and bursts (gamma, burstiness 0.25) at the highest rate.
+"""Open-loop load on a server: TTFT, TPOT and throughput at rising request rates.
+
+Three servers take turns: no speculation, stock eagle3 and policy auto. Requests arrive by a Poisson process, and at
+the highest rate also in bursts (gamma, burstiness 0.25).
 
 python benchmarks/load_test.py [--rates 0.5,1,2] [--json FILE]        (`vllm bench serve` needs pandas)
 """

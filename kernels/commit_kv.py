@@ -20,8 +20,7 @@ _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
 @dataclass(frozen=True)
 class KVTable:
-    """Caches of one cache group and, on their device, the table of their addresses. Build once with
-    `kv_table`.
+    """Caches of one cache group and, on their device, the table of their addresses: made once, by `kv_table`.
 
     caches: one view [num_blocks, 2, block_size, heads, head_dim] a layer, in words of up to 8 bytes; they are
     kept so that the addresses stay alive. Build it again when caches are reallocated.
@@ -122,7 +121,8 @@ def commit_kv(
         if t.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"{name} must be int32 or int64, found {t.dtype}")
     if choose_backend(backend, table.pointers, src_slots, dst_slots) == "torch":
-        return commit_kv_torch(table, src_slots, dst_slots)
+        commit_kv_torch(table, src_slots, dst_slots)
+        return
     b, moves = src_slots.shape
     if b == 0 or moves == 0:
         return
@@ -140,8 +140,7 @@ def commit_kv(
 
 
 def commit_kv_torch(table: KVTable, src_slots: Tensor, dst_slots: Tensor) -> None:
-    """Plain-torch twin of `commit_kv`: indexing on the right copies, so every source is read before a
-    write."""
+    """Plain-torch twin of `commit_kv`: indexing makes a copy, so every source is read before the first write."""
     num_blocks, _, size = table.caches[0].shape[:3]
     src, dst = src_slots.long().flatten(), dst_slots.long().flatten()
     inside = (src >= 0) & (dst >= 0) & (src < num_blocks * size) & (dst < num_blocks * size)

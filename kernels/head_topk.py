@@ -198,8 +198,7 @@ def merge_topk(
 
 
 def pack_keys(logits: Tensor, ids: Tensor) -> Tensor:
-    """int64 keys ordered by (logit, then lower id), from fp32 logits and integer ids; twin of
-    `_pack_keys`."""
+    """int64 keys ordered by (logit, then lower id), from fp32 logits and integer ids; twin of `_pack_keys`."""
     bits = torch.where(logits.isnan(), 0x7FC00000, (logits + 0.0).view(torch.int32))
     bits ^= (bits >> 31).bitwise_and_(0x7FFFFFFF)
     keys = bits.to(torch.int64).bitwise_left_shift_(32)

@@ -75,7 +75,7 @@ def _path_attention_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     factor = scale * 1.4426950408889634
     own = tl.where(split == 0, length, 0)
-    for i in range(0, own):  # each node has keys of its own here: no matrix product
+    for i in range(own):  # each node has keys of its own here: no matrix product
         slot = tl.load(
             paths_ptr + request * path_request_stride + node * path_node_stride + i, mask=row_ok, other=0
         )
@@ -210,9 +210,7 @@ def path_attention_torch(
     scale: float,
     window: int = 0,
 ) -> Tensor:
-    """Plain-torch twin of `path_attention`. Reads the longest prefix on the host; memory does not grow with
-    it.
-    """
+    """Plain-torch twin of `path_attention`. Reads the longest prefix on the host; its memory does not grow with it."""
     batch, nodes, heads, head_dim = query.shape
     kv_heads, block_size = kv_cache.shape[1:3]
     length = paths.shape[2]

@@ -158,7 +158,7 @@ def _reduce_kernel(
     ok = cols < h
     acc = tl.zeros((BLOCK,), tl.float32)
     source = partial_ptr + m * h + cols
-    for _ in range(0, n_shares):
+    for _ in range(n_shares):
         acc += tl.load(source, mask=ok, other=0.0)
         source += share_stride
     if HAS_SCALE:

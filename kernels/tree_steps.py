@@ -1,5 +1,4 @@
-"""Steps of tree drafting that stay on the device: depths and ancestor masks of a tree, and the verification
-walk.
+"""Steps of tree drafting that stay on the device: depths and ancestor masks, and the verification walk.
 
 A tree is one parent index a node, in topological order (parent before child); node 0 is the root, the last
 sampled token. Whatever stands at index 0 of `parents` is ignored; an unused node has parent -1.

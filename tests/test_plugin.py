@@ -58,6 +58,8 @@ def test_unsupported_vllm_is_left_untouched_and_said():
     [
         ("0.32.0", True),
         ("0.33.1+cpu", True),
+        ("0.33.1.dev7+g0123abc", True),
+        ("0.34.0rc1", False),
         ("0.34.0", False),
         ("0.31.9", False),
         ("1.0", False),

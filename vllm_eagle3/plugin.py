@@ -4,10 +4,14 @@ import logging
 import os
 from importlib import metadata
 
+from packaging.specifiers import SpecifierSet
+from packaging.version import InvalidVersion, Version
+
+from vllm_eagle3 import VLLM_RANGE
+
 logger = logging.getLogger("vllm.eagle3")
 
-SUPPORTED = ((0, 32), (0, 34))
-SUPPORTED_TEXT = "vLLM >= 0.32, < 0.34"
+SUPPORTED_TEXT = f"vLLM {VLLM_RANGE}"
 DISABLE = "EAGLE3_DISABLE"
 
 
@@ -23,10 +27,10 @@ def vllm_version() -> str:
 
 def is_supported(version: str) -> bool:
     """Whether `version` ("0.32.0", "0.33.1+cpu") lies in the supported range."""
-    parts = version.split("+")[0].split(".")
-    if len(parts) < 2 or not (parts[0].isdigit() and parts[1].isdigit()):
+    try:
+        return SpecifierSet(VLLM_RANGE).contains(Version(version), prereleases=True)
+    except InvalidVersion:
         return False
-    return SUPPORTED[0] <= (int(parts[0]), int(parts[1])) < SUPPORTED[1]
 
 
 def register() -> None:

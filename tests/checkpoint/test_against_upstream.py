@@ -16,7 +16,7 @@ from vllm_eagle3.checkpoint.stock import LLAMA, QWEN3
 FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 
 
-@pytest.mark.parametrize("given", [{}, {flag: True for flag in FLAGS}, {flag: False for flag in FLAGS}])
+@pytest.mark.parametrize("given", [{}, dict.fromkeys(FLAGS, True), dict.fromkeys(FLAGS, False)])
 @pytest.mark.parametrize("model_type", ["llama", "qwen3"])
 def test_speculators_configs_mean_what_vllm_reads(
     tmp_path: Path, given: dict[str, bool], model_type: str

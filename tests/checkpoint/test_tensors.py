@@ -127,9 +127,9 @@ def test_maps_of_a_draft_without_a_vocabulary_of_its_own() -> None:
     tensors = draft_tensors(dims)
     maps = {"d2t": torch.zeros(96, dtype=torch.int64), "t2d": torch.ones(96, dtype=torch.bool)}
     same(canonical(tensors | maps, dims), tensors)
+    swapped = torch.zeros(96, dtype=torch.int64)
+    swapped[:2] = torch.tensor([1, -1])
     with pytest.raises(CheckpointError, match="each id has to map to itself; 2 do not"):
-        swapped = torch.zeros(96, dtype=torch.int64)
-        swapped[:2] = torch.tensor([1, -1])
         canonical(tensors | {"d2t": swapped}, dims)
 
 

@@ -43,7 +43,7 @@ def data(tmp_path: Path) -> Path:
 class Echo:
     """Answers with the lengths of the prompts; a token is a character."""
 
-    class tokenizer:
+    class tokenizer:  # noqa: N801 (stands for an instance)
         @staticmethod
         def apply_chat_template(chat: Any, **_: Any) -> list[int]:
             return [ord(c) for message in chat for c in f"{message['role'][0]}:{message['content']};"]
@@ -87,7 +87,7 @@ def test_settings_survive_json(data: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "fields, message",
+    ("fields", "message"),
     [
         ({"modes": ("none", "cain")}, "--modes"),
         ({"modes": ("none", "none")}, "--modes"),

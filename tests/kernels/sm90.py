@@ -55,8 +55,10 @@ class Compiled:
 
     @property
     def programs_per_sm(self) -> int:
-        """Programs that an SM of an H100 can hold: 228 KiB of shared memory (1 KiB a program is the system's) and
-        65,536 registers, allocated by 8 a thread."""
+        """Programs that an SM of an H100 can hold.
+
+        It has 228 KiB of shared memory (1 KiB a program is the system's) and 65,536 registers, allocated by 8 a thread.
+        """
         registers = -(-self.registers // 8) * 8 * self.threads
         return min((228 << 10) // (self.shared + 1024), (1 << 16) // registers)
 

@@ -1,6 +1,4 @@
-"""Tree attention: masks against literal matrices, outputs against dense attention in float64. About 20 s
-interpreted.
-"""
+"""Tree attention: masks against literal matrices, outputs against dense attention in float64 (20 s interpreted)."""
 
 from __future__ import annotations
 

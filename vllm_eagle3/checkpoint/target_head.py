@@ -18,6 +18,7 @@ def target_head_rows(target: str, ids: Tensor, revision: str | None = None) -> T
     Args:
         target: directory, or name of a model that is in the local Hugging Face cache (the engine has loaded it).
         ids: [n] target ids.
+        revision: of the model in the cache; None for the one that its `main` names.
 
     Raises:
         CheckpointError: no such files, or no head among them.

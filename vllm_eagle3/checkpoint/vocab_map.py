@@ -14,6 +14,8 @@ def resolve_vocab_map(
     Args:
         d2t: `[draft_vocab_size]` integers, offsets or absolute target ids, or None.
         t2d: `[vocab_size]` booleans (True: the target id is in the draft vocabulary), or None.
+        vocab_size: ids of the target.
+        draft_vocab_size: ids of the draft.
         source: what errors name.
 
     Returns:
