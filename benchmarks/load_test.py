@@ -3,7 +3,9 @@
 Three servers take turns: no speculation, stock eagle3 and policy auto. Requests arrive by a Poisson process, and at
 the highest rate also in bursts (gamma, burstiness 0.25).
 
-python benchmarks/load_test.py [--rates 0.5,1,2] [--json FILE]        (`vllm bench serve` needs pandas)
+python benchmarks/load_test.py --rates 1,2,4 --json benchmarks/results/cpu_load_test.json
+
+`vllm bench serve`, which makes the requests, needs pandas (the extra `eval`).
 """
 
 import argparse
@@ -85,17 +87,8 @@ def server(mode: str, args: argparse.Namespace) -> Iterator[str]:
 def load(url: str, prompts: Path, rate: float, burstiness: float, args: argparse.Namespace) -> dict[str, Any]:
     """One run of `vllm bench serve`; the figures named in WANTED."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [
-            sys.executable,
-            "-c",
-            BENCH,
-            "--base-url",
-            url,
-            "--model",
-            "target",
-            "--tokenizer",
-            args.target,
-        ]
+        command = [sys.executable, "-c", BENCH, "--base-url", url, "--model", "target"]
+        command += ["--tokenizer", args.target]
         command += ["--backend", "openai-chat", "--endpoint", "/v1/chat/completions", "--temperature", "0"]
         command += ["--dataset-name", "custom", "--dataset-path", str(prompts), "--disable-tqdm"]
         command += ["--custom-output-len", str(args.max_tokens), "--num-prompts", str(args.num_prompts)]
@@ -118,7 +111,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--data", type=Path, default=ROOT / "tests" / "data" / "prompts.jsonl")
     parser.add_argument("--enforce-eager", action="store_true")
-    parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "results" / "load_test.json")
+    parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="results, after every run")
     args = parser.parse_args()
     if args.target is None:
         args.target, args.draft = map(str, default_pair())

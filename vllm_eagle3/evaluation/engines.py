@@ -24,14 +24,14 @@ class Engine(Protocol):
 
 
 class VllmEngine:
-    """vLLM's offline batch; the environment decides whether it is stock (EAGLE3_DISABLE) or ours."""
+    """vLLM's offline batch; EAGLE3_DISABLE in the environment decides whether this plugin is in it."""
 
     def __init__(self, mode: str, settings: EvalSettings, timed: bool) -> None:
         from vllm import LLM
 
         from vllm_eagle3.runner.engine_memory import memory_arguments
 
-        # What is evaluated is a draft at a given length, not what pays here.
+        # The number of drafts is fixed, so that tau can be compared.
         options: dict[str, Any] = {"policy": "fixed"}
         extra: dict[str, Any] = {"additional_config": {"eagle3": options}}
         drafts = 0

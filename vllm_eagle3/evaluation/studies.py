@@ -1,9 +1,8 @@
-"""The paper's studies as commands: `python -m vllm_eagle3.evaluation.studies ablation | scaling` (tables 2,
-figures 1, 4, 7).
+"""The paper's studies as commands: `python -m vllm_eagle3.evaluation.studies ablation | scaling`.
 
-Every arm is trained on the same documents for the same steps, once a seed, and measured by the reference
-decoder: greedy chains of `--num-speculative-tokens` on evaluation prompts. Results are means with 95 %
-intervals over seeds.
+The ablation is table 2 of the paper, the scaling study figure 1, and both draw figure 7. Every arm is trained on the
+same documents for the same steps, once for each seed. The reference decoder then measures greedy chains of
+`--num-speculative-tokens` drafts on evaluation prompts. Results are means with 95 % intervals over seeds.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from matplotlib import pyplot as plt
 from transformers import AutoConfig
 
 from vllm_eagle3.prompts import load_prompts, read_rows
@@ -27,6 +25,7 @@ from vllm_eagle3.training import cli
 from vllm_eagle3.training.features import Target
 from vllm_eagle3.training.job import build
 from vllm_eagle3.training.settings import TrainJob
+from vllm_eagle3.user_input import require_packages
 
 logger = logging.getLogger(__name__)
 # Table 2 of arXiv 2503.01840, LLaMA-Instruct 3.1 8B, tau on (MT-bench, GSM8K).
@@ -37,8 +36,7 @@ SHARES = (0.125, 0.25, 0.5, 1.0)
 
 @dataclass(frozen=True)
 class Measured:
-    """One trained arm on one task. n_alpha: acceptance of drafted token n, given that all before it were
-    accepted."""
+    """One trained arm on one task; n_alpha[n] is the acceptance of draft n, given that all before it were accepted."""
 
     arm: str
     seed: int
@@ -49,8 +47,11 @@ class Measured:
 
 
 def arms(job: TrainJob, num_layers: int) -> dict[str, TrainJob]:
-    """The steps from EAGLE-2 to EAGLE-3: features of the top layer, their regression and one simulated step;
-    then training-time test on token prediction alone; then fused features."""
+    """The steps from EAGLE-2 to EAGLE-3, by name.
+
+    EAGLE-2 reads the top layer's features and trains one simulated step with a regression to the next feature. The
+    second arm drops the regression and simulates all steps (training-time test). The third arm fuses three layers.
+    """
     loss = job.settings.loss
     one = dataclasses.replace(loss, steps=1, feature_loss=10.0)  # EAGLE weighs regression to tokens 1 to 0.1
     top = dataclasses.replace(job, aux_layers=(num_layers,))
@@ -138,8 +139,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def draw(rows: list[dict[str, Any]], path: Path, shares: bool) -> None:
-    """Left: tau by arm (or by share of the data); right: acceptance against n (figure 7). One line a task or
-    arm."""
+    """Draw tau by arm, or by share of the data, on the left, and acceptance against n (figure 7) on the right."""
+    from matplotlib import pyplot as plt
+
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4), constrained_layout=True)
     for task in dict.fromkeys(r["task"] for r in rows):
         mine = [r for r in rows if r["task"] == task]
@@ -160,16 +162,28 @@ def draw(rows: list[dict[str, Any]], path: Path, shares: bool) -> None:
     plt.close(figure)
 
 
+def shares_of_data(job: TrainJob) -> dict[str, TrainJob]:
+    """The job with SHARES of its documents, by name."""
+    count = job.limit or sum(1 for path in job.data for _ in read_rows(path))
+    return {f"{share:g}": dataclasses.replace(job, limit=max(1, round(share * count))) for share in SHARES}
+
+
+def write(out: Path, kind: str, found: dict[str, Any]) -> None:
+    """Write <kind>.json, .md and .png into the run's directory."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{kind}.json").write_text(json.dumps(found, indent=2) + "\n")
+    (out / f"{kind}.md").write_text(table(found["results"]) + "\n")
+    draw(found["results"], out / f"{kind}.png", kind == "scaling")
+
+
 def study(kind: str, job: TrainJob, args: argparse.Namespace) -> dict[str, Any]:
-    """Train and measure all arms; writes <kind>.json, .md and .png into the run's directory after every
-    arm."""
+    """Train and measure all arms; the results are written after every arm."""
     if kind == "ablation":
         jobs = arms(job, AutoConfig.from_pretrained(job.target).get_text_config().num_hidden_layers)
     else:
-        count = job.limit or sum(1 for path in job.data for _ in read_rows(path))
-        jobs = {
-            f"{share:g}": dataclasses.replace(job, limit=max(1, round(share * count))) for share in SHARES
-        }
+        jobs = shares_of_data(job)
+    settings = {k: str(v) for k, v in vars(args).items() if k != "func"}
+    origin = provenance([*job.data, *args.eval_prompts], settings)
     results: list[Measured] = []
     found: dict[str, Any] = {}
     for seed in range(args.seeds):
@@ -185,17 +199,12 @@ def study(kind: str, job: TrainJob, args: argparse.Namespace) -> dict[str, Any]:
             )
             results += [Measured(name, seed, *m) for m in measured]
             rows = summary(results)
-            settings = {k: str(v) for k, v in vars(args).items() if k != "func"}
             found = {
-                "provenance": provenance([*job.data, *args.eval_prompts], settings),
+                "provenance": origin,
                 "results": rows,
                 "runs": [dataclasses.asdict(r) for r in results],
             }
-            out = job.settings.out
-            out.mkdir(parents=True, exist_ok=True)
-            (out / f"{kind}.json").write_text(json.dumps(found, indent=2) + "\n")
-            (out / f"{kind}.md").write_text(table(rows) + "\n")
-            draw(rows, out / f"{kind}.png", kind == "scaling")
+            write(job.settings.out, kind, found)
             logger.info("seed %d, %s\n%s", seed, name, table(rows))
     return found
 
@@ -215,6 +224,7 @@ def main(argv: list[str] | None = None) -> int:
         command.add_argument("--seeds", type=int, default=3, choices=(1, *T_975), help="default: %(default)s")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    require_packages(["matplotlib", "tensorboard"], "a study", "train")
     study(args.kind, cli.job_from(args), args)
     return 0
 

@@ -45,7 +45,7 @@ def _row(mode: str, engine: str, size: int, runs: Runs) -> Row:
     found = runs[engine, size]
     speeds = [m.tokens / m.seconds for m in found]
     base = [m.tokens / m.seconds for m in runs.get(("none", size), [])]
-    ratios = [ours / theirs for ours, theirs in zip(speeds, base, strict=False)]
+    ratios = [speed / plain for speed, plain in zip(speeds, base, strict=False)]
     ratio = float(np.median(ratios)) if ratios else None
     paper = PAPER.get(size)
     tokens, accepted = sum(m.tokens for m in found), sum(m.accepted for m in found)
@@ -71,7 +71,7 @@ def shown(results: Sequence[Row]) -> list[Row]:
 
 
 def table(results: Sequence[Row], synthetic: bool) -> str:
-    """Markdown: tokens/s, ratio to no speculation with interval, the paper's ratio, ours to it, tau."""
+    """Markdown: tokens/s, ratio to no speculation with its interval, the paper's ratio, the ratio of the two, tau."""
 
     def cell(row: Row) -> list[str]:
         low, high = row["spread"]
@@ -109,10 +109,10 @@ def plot(results: Sequence[Row], path: Path, synthetic: bool) -> None:
     sizes = sorted({row["batch_size"] for row in results})
     figure, axis = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     for mode in dict.fromkeys(row["mode"] for row in rows):
-        mine = sorted((row for row in rows if row["mode"] == mode), key=lambda row: row["batch_size"])
-        places = [sizes.index(row["batch_size"]) for row in mine]
-        ratios = np.array([row["ratio_to_none"] for row in mine])
-        low, high = np.array([row["ratio_interval"] for row in mine]).T
+        of_mode = sorted((row for row in rows if row["mode"] == mode), key=lambda row: row["batch_size"])
+        places = [sizes.index(row["batch_size"]) for row in of_mode]
+        ratios = np.array([row["ratio_to_none"] for row in of_mode])
+        low, high = np.array([row["ratio_interval"] for row in of_mode]).T
         axis.errorbar(places, ratios, [ratios - low, high - ratios], marker="o", capsize=3, label=mode)
     paper = [(i, PAPER[size]) for i, size in enumerate(sizes) if size in PAPER]
     if paper:

@@ -68,10 +68,10 @@ class Worker:
 
 
 def sweep(settings: SweepSettings, save: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
-    """{"provenance", "results"} (see sweep_report.result_rows), given to `save` after every repeat too.
+    """{"provenance", "results"} (see report.result_rows), given to `save` after every repeat too.
 
     Within a repeat every batch size is measured with each engine in turn, beginning with another engine every
-    time, so that what the machine does meanwhile meets all of them. The first repeat warms up and is dropped.
+    time, so that changes of the load of the machine reach all of them. The first repeat warms up and is dropped.
 
     Raises:
         RuntimeError: an engine died.
@@ -84,7 +84,7 @@ def sweep(settings: SweepSettings, save: Callable[[dict[str, Any]], None] | None
         raise ValueError(
             "--shape: vLLM's synthetic acceptance needs a GPU, found none; --dry-run does without"
         )
-    made = provenance(settings.data, settings.public() | {"synthetic_acceptance": synthetic})
+    origin = provenance(settings.data, settings.public() | {"synthetic_acceptance": synthetic})
     runs: Runs = {}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -112,5 +112,5 @@ def sweep(settings: SweepSettings, save: Callable[[dict[str, Any]], None] | None
                         bar.update()
                 bar.set_description(f"repeat {repeat + 1}")
                 if repeat and save is not None:
-                    save({"provenance": made, "results": result_rows(runs)})
-    return {"provenance": made, "results": result_rows(runs)}
+                    save({"provenance": origin, "results": result_rows(runs)})
+    return {"provenance": origin, "results": result_rows(runs)}

@@ -190,7 +190,7 @@ class TreeFlashAttentionImpl(FlashAttentionImpl):
             block_table=trees.block_table,
             softcap=self.logits_soft_cap,
             return_softmax_lse=True,
-            fa_version=self.vllm_flash_attn_version,
+            fa_version=self.vllm_flash_attn_version,  # type: ignore[arg-type]  # as vLLM's own backend
             num_splits=metadata.max_num_splits,
         )
         nodes, nodes_lse = node_attention(
