@@ -12,12 +12,14 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from vllm_eagle3.evaluation.cli import add_widen
 from vllm_eagle3.evaluation.demo_models import default_pair
 from vllm_eagle3.evaluation.evaluate import run_in_process
 from vllm_eagle3.evaluation.metrics import TaskRun
 from vllm_eagle3.evaluation.settings import EvalSettings
 from vllm_eagle3.evaluation.sweep.run import sweep
 from vllm_eagle3.evaluation.sweep.settings import SweepSettings
+from vllm_eagle3.evaluation.widen import widened
 from vllm_eagle3.provenance import provenance
 
 PROMPTS = Path(__file__).parents[1] / "tests" / "data" / "prompts.jsonl"
@@ -55,8 +57,11 @@ def main() -> int:
     parser.add_argument("--num-speculative-tokens", type=int, default=3, metavar="K")
     parser.add_argument("--repeats", type=int, default=5, help="paired timings (after one that warms up)")
     parser.add_argument("--max-tokens", type=int, default=96)
+    add_widen(parser)
     args = parser.parse_args()
     target, draft = default_pair()
+    if args.widen is not None:
+        target = widened(target, args.widen)
     with tempfile.TemporaryDirectory() as folder:
         data = eight_prompts(Path(folder))
         common: dict[str, Any] = {

@@ -47,6 +47,16 @@ def names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(","))
 
 
+def add_widen(parser: argparse.ArgumentParser) -> None:
+    """The option --widen, which several commands have."""
+    parser.add_argument(
+        "--widen",
+        type=int,
+        metavar="N",
+        help="make the target's MLPs N times as wide: it costs what a larger one costs and says the same",
+    )
+
+
 def add_parser(subparsers: Any) -> None:
     """Adds the command `eval`."""
     parser = subparsers.add_parser(
@@ -58,6 +68,7 @@ def add_parser(subparsers: Any) -> None:
     defaults = EvalSettings.__dataclass_fields__
     parser.add_argument("--target", help="directory or name (default: the embedded SmolLM2-135M-Instruct)")
     parser.add_argument("--draft", help="directory or name (default: the embedded draft)")
+    add_widen(parser)
     parser.add_argument(
         "--data", nargs="+", required=True, metavar="FILE", help="prompts, JSON lines with `turns`"
     )
@@ -97,6 +108,7 @@ def settings_of(arguments: argparse.Namespace) -> EvalSettings:
         RuntimeError: the default target could not be fetched.
     """
     from vllm_eagle3.evaluation.demo_models import default_draft, default_target
+    from vllm_eagle3.evaluation.widen import widened
 
     check_output_file(arguments.json, "--json")
     check_output_file(arguments.plot, "--plot")
@@ -113,9 +125,10 @@ def settings_of(arguments: argparse.Namespace) -> EvalSettings:
             check_model(fields[option], f"--{option}")
     settings = EvalSettings(**fields)
     load_tasks(settings)
+    target = settings.target or str(default_target())
     return replace(
         settings,
-        target=settings.target or str(default_target()),
+        target=target if arguments.widen is None else str(widened(target, arguments.widen)),
         draft=settings.draft or str(default_draft()),
     )
 

@@ -66,6 +66,7 @@ def cost_key(vllm_config: VllmConfig) -> CostKey:
         f"pp{parallel.pipeline_parallel_size}",
         f"graphs {graphs.name if graphs is not None else None}",
         f"eager {model.enforce_eager}",
+        f"runner V{2 if vllm_config.use_v2_model_runner else 1}",
         f"options {vllm_config.additional_config}",
     )
     return CostKey(str(model.model), str(spec.draft_model_config.model), name, ", ".join(parts))

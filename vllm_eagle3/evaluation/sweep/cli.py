@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_eagle3.config import TreeOptions
-from vllm_eagle3.evaluation.cli import names, tree_shape
+from vllm_eagle3.evaluation.cli import add_widen, names, tree_shape
 from vllm_eagle3.evaluation.model_shapes import SHAPES
 from vllm_eagle3.evaluation.settings import DTYPES
 from vllm_eagle3.evaluation.sweep.settings import MODES, SweepSettings
@@ -49,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fields = SweepSettings.__dataclass_fields__
     parser.add_argument("--target", help="directory or name (default: the embedded SmolLM2-135M-Instruct)")
     parser.add_argument("--draft", help="directory or name (default: the embedded draft)")
+    add_widen(parser)
     parser.add_argument(
         "--data", nargs="+", default=[str(DATA)], metavar="FILE", help="prompts (default: the repository's)"
     )
@@ -92,6 +93,7 @@ def settings_of(arguments: argparse.Namespace) -> SweepSettings:
     import torch
 
     from vllm_eagle3.evaluation.demo_models import default_draft, default_target
+    from vllm_eagle3.evaluation.widen import widened
 
     if arguments.dry_run:
         arguments.shape, arguments.repeats, arguments.max_tokens = "tiny", 2, 8
@@ -109,9 +111,14 @@ def settings_of(arguments: argparse.Namespace) -> SweepSettings:
     settings = SweepSettings(**fields)
     for path in settings.data:
         load_prompts(path)
-    return replace(  # after the checks, because the default target may have to be fetched
+    target = settings.target or str(default_target())  # after the checks, because it may have to be fetched
+    if arguments.widen is not None:
+        if arguments.shape:
+            raise ValueError("--widen: expected no --shape beside it, because a shape has a size of its own")
+        target = str(widened(target, arguments.widen))
+    return replace(
         settings,
-        target=settings.target or str(default_target()),
+        target=target,
         draft=settings.draft or str(default_draft()),
     )
 

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -26,11 +26,15 @@ from vllm_eagle3.provenance import provenance
 class Worker:
     """The process of one engine. Raises RuntimeError when it dies; its messages are on stderr."""
 
-    def __init__(self, name: str, mode: str, settings: Path) -> None:
+    def __init__(
+        self, name: str, mode: str, settings: Path, variables: Mapping[str, str] | None = None
+    ) -> None:
+        """variables: of the environment, beside those that the mode needs."""
         self.name = name
         command = [sys.executable, "-m", "vllm_eagle3.evaluation.sweep.worker", name, str(settings)]
         env = environment("native" if mode == "adaptive" else mode)
         env.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        env |= variables or {}
         self.process = subprocess.Popen(
             command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
         )
