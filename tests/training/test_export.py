@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -12,7 +13,7 @@ from vllm_eagle3.reference.draft import DraftModel, load_draft
 from vllm_eagle3.training.data import load_documents, make_batch
 from vllm_eagle3.training.export import export
 from vllm_eagle3.training.features import Target
-from vllm_eagle3.training.initialize import new_draft
+from vllm_eagle3.training.initialize import new_draft, warm_start
 
 OPTIONS = [
     {},
@@ -109,3 +110,37 @@ def test_start_from_the_last_layer(target: Target, tiny_rows: Path, options: dic
     theirs = target.decoder.layers[-1].self_attn.v_proj.weight
     assert torch.equal(model.draft_layer.self_attn.v_proj.weight[:, 32:], theirs)
     assert not model.draft_layer.self_attn.v_proj.weight[:, :32].any()
+
+
+def test_a_larger_vocabulary_keeps_the_rows_and_takes_the_targets(
+    target: Target, tiny_rows: Path, tmp_path: Path
+) -> None:
+    """The most frequent tokens are added; what the draft said about the others is what it says still."""
+    old = draft(target, tiny_rows, {"fc_norm": True})
+    torch.nn.init.normal_(old.lm_head.weight)
+    path = export(old, tmp_path / "old", dtype=torch.float32)
+    counts = np.zeros(96, dtype=np.int64)
+    counts[[1, 80, 90]] = [5, 9, 7]  # 1 is in the vocabulary already
+    missing = [i for i in range(96) if i not in old.target_ids.tolist()]
+    assert 80 in missing and 90 in missing
+    new = warm_start(path, target, counts, 66)
+    added = sorted(set(new.target_ids.tolist()) - set(old.target_ids.tolist()))
+    assert added == [80, 90] and set(old.target_ids.tolist()) < set(new.target_ids.tolist())
+    a, kept = torch.randn(3, 32), torch.isin(new.target_ids, old.target_ids)
+    assert torch.equal(new.logits(a)[:, kept], old.logits(a))
+    assert torch.equal(new.lm_head.weight[~kept], target.head.weight[[80, 90]])
+    assert torch.equal(new.fc.weight, old.fc.weight) and torch.equal(
+        new.embed(torch.arange(96)), target.embeddings
+    )
+    assert torch.equal(warm_start(path, target, counts, None).target_ids, old.target_ids)
+    with pytest.raises(ValueError, match=r"draft_vocab_size: expected 64 .* to 96, found 50"):
+        warm_start(path, target, counts, 50)
+
+
+def test_a_draft_of_another_target_is_no_start(target: Target, tiny_rows: Path, tmp_path: Path) -> None:
+    path = export(draft(target, tiny_rows, {}), tmp_path)
+    other = Target(target.path, (1, 2, 3), torch.float32)
+    with pytest.raises(
+        ValueError, match=r"made for layers \(2, 3, 4\) and 96 tokens; this run has layers \(1, 2, 3\)"
+    ):
+        warm_start(path, other, np.zeros(96, dtype=np.int64), None)

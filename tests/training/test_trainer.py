@@ -5,7 +5,6 @@ import csv
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -160,28 +159,6 @@ def test_accumulation_is_one_larger_batch(tiny_target: Path, tiny_rows: Path, tm
     assert trainer.at.place == 3 and trainer.at.step == 1
     groups = trainer.plan[:3]
     assert trainer.at.tokens == sum(int(trainer.data.documents[i].mask.sum()) for g in groups for i in g)
-
-
-def test_two_ranks_equal_one_with_accumulation(tiny_target: Path, tiny_rows: Path, tmp_path: Path) -> None:
-    """torchrun with two processes takes the same steps as one process that accumulates two batches."""
-    more = ["--max-steps", "5", "--fp32", "--validation-share", "0"]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    ranks = []
-    for rank in range(2):
-        given = arguments(tiny_target, tiny_rows, tmp_path / "two", *more)
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        ranks.append(
-            subprocess.Popen([sys.executable, "-c", COMMAND, *given], env=environment() | place, stderr=-3)
-        )
-    assert [p.wait(300) for p in ranks] == [0, 0]
-    assert run(*arguments(tiny_target, tiny_rows, tmp_path / "one", *more, "--accumulate", "2")) == 0
-    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
-    assert one["position"] == two["position"]
-    for name, tensor in one["model"].items():
-        torch.testing.assert_close(tensor, two["model"][name], atol=1e-5, rtol=1e-4)
 
 
 def test_early_stop(tiny_target: Path, tiny_rows: Path, tmp_path: Path) -> None:
