@@ -67,12 +67,29 @@ def test_nothing_is_trained_without_prompts(stages, monkeypatch):
     assert stages.train() == ()
 
 
-def test_a_sweep_has_at_most_four_engines_of_an_8b_model(stages):
-    """Each holds 16 GB of weights, and all of them live on one GPU together."""
+def test_a_sweep_has_at_most_two_engines_of_an_8b_model(stages):
+    """Each holds 16 GB of weights, and all of them live on one GPU together, with their caches and graphs."""
     parser = make_parser()
     sweeps = [stage for stage in stages.stages() if stage.name.startswith("sweep-8b")]
+    assert sweeps
     for command in (command for stage in sweeps for command in stage.commands):
-        assert len(settings_of(parser.parse_args(command[len(stages.CLI) :])).runs()) <= 4
+        assert len(settings_of(parser.parse_args(command[len(stages.CLI) :])).runs()) <= 2
+
+
+def test_the_plan_fits_the_time_of_a_lent_machine(stages):
+    groups = stages.calls(stages.stages())
+    timed = [group for group in groups if group[0].minutes]
+    assert sum(stage.minutes for group in timed for stage in group) <= 25
+    assert all(sum(stage.minutes for stage in group) <= stages.MINUTES_A_CALL for group in timed)
+    assert [stage for group in groups for stage in group] == stages.stages()
+    assert [stage.name for stage in groups[-1]] == ["train"]
+
+
+def test_a_failing_command_does_not_hide_the_next(stages, tmp_path):
+    commands = (("false",), ("touch", "OUT/later"), ("false",))
+    stage = stages.Stage("three", 1, commands, ())
+    assert stages.run(stage, tmp_path, dry=False) == "2 of 3 failed"
+    assert (tmp_path / "later").exists()
 
 
 def test_what_a_stage_started_dies_with_it(stages, tmp_path):
@@ -93,7 +110,7 @@ def test_an_unfinished_training_leaves_its_head(stages, tmp_path):
     source = ROOT / "checkpoints" / stages.HEAD
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "head").symlink_to(source)
-    slow = stages.Stage("train", 0.01, (("sleep", "60"),), (), stages.publish_head)
+    slow = stages.Stage("slow", 0.01, (("sleep", "60"),), (), stages.publish_head)
     assert stages.run(slow, tmp_path, dry=False) == "out of time"
     out = tmp_path / stages.HEAD
     shards = list(out.glob("*.safetensors"))
@@ -124,7 +141,4 @@ def test_all_stages(tmp_path):
 
     prompts = str(ROOT / "tests" / "data" / "prompts.jsonl")
     results = dry_run(tmp_path, TARGET=str(default_target()), PROMPTS=prompts)
-    assert {name for name, result in results.items() if result != "ok"} == {
-        "sweep-8b-native",  # sweep-8b with other modes
-        "sweep-8b-adaptive",
-    }
+    assert set(results.values()) == {"ok"}

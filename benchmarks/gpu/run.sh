@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Everything with a GPU clause, in order of value: run.sh OUT [--dry-run] [--only STAGE ...]. Safe to run again:
-# a stage that ended well is skipped. Needs vLLM, this package and, for the stages on real text, TARGET=<directory of
+# Everything with a GPU clause, in order of value: run.sh OUT [--dry-run] [--only STAGE ... | --call N]. Safe to run
+# again: a stage that ended well is skipped. `--call 1`, `--call 2`, ... take nine minutes each. Needs vLLM, this package and, for the stages on real text, TARGET=<directory of
 # SmolLM2-135M-Instruct>. With PROMPTS=<files of prompts, separated by colons> the last stage trains the head on them.
 set -euo pipefail
 cd "$(dirname "$0")/../.."

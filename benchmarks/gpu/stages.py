@@ -19,7 +19,9 @@ PROMPTS = "tests/data/prompts.jsonl"
 HEAD = "SmolLM2-135M-Instruct-EAGLE3"
 SHARD_BYTES = 15 << 20
 CLI = [sys.executable, "-m", "vllm_eagle3.cli"]
-SIZES = "1,2,4,8,16,24,32,48,56,128,256"
+SIZES = "1,4,16,56,256"
+MINUTES_A_CALL = 9  # hosts that are lent by the command end one after ten
+ALONE = 25  # minutes of the stage `train`, which has a machine to itself
 Commands = tuple[tuple[str, ...], ...]
 
 
@@ -29,6 +31,7 @@ class Stage:
 
     name: str
     minutes: float
+    """Limit; 0 for a stage that is not part of the timed plan and has ALONE minutes."""
     commands: Commands
     dry: Commands
     """What runs instead without a GPU: the same programs at tiny sizes."""
@@ -81,67 +84,77 @@ def target() -> tuple[str, ...]:
 
 
 def stages() -> list[Stage]:
-    """All stages, most valuable first."""
+    """All stages, most valuable first; `calls` groups them."""
     kernels = ("concat_fc", "head_topk", "tree_steps", "linear_fp8")
     tiny = ("--limit", "2", "--max-tokens", "8", "--enforce-eager")
-    modes = ("--modes", "none,native,chain,tree")
-    doctor = (*CLI, "doctor")
-    tests = (sys.executable, "-m", "pytest", "-q", "-x", "tests/kernels")
-    shape = ("--shape", "llama-3.1-8b", "--batch-sizes", SIZES, "--repeats", "2", "--native-tokens")
     short = ("--batch-sizes", "1,2", "--repeats", "1", "--modes", "none,auto")
+    growth = (sys.executable, "benchmarks/gpu/growth_graph.py", "--out", "OUT/growth_graph.json")
+    tests = (sys.executable, "-m", "pytest", "-q", "tests/kernels")
+    shape = ("--shape", "llama-3.1-8b", "--batch-sizes", SIZES, "--repeats", "2", "--native-tokens", "3")
     answers = "--limit 4 --max-tokens 8 --max-model-len 512 --max-num-seqs 2 --enforce-eager"
     steps = ("--ttt-steps", "2", "--max-steps", "2", "--eval-every", "2", "--batch-tokens", "256")
+    modes, trees = ("--modes", "none,native,chain,tree"), ("--modes", "none,tree")
+    doctor = (*CLI, "doctor")
     return [
-        Stage("environment", 2, (doctor,), (doctor,)),
-        Stage("kernels-correct", 6, (tests,), (("env", "TRITON_INTERPRET=1", *tests, "--collect-only"),)),
+        Stage("environment", 0.5, (doctor,), (doctor,)),
+        # No engine: what is wrong here is wrong in the kernels or in the growth, not in how vLLM is used.
+        Stage("growth-graph", 1, (growth,), ((*growth, "--dry-run"),)),
+        Stage("kernels-correct", 2.5, (tests,), (("env", "TRITON_INTERPRET=1", *tests, "--collect-only"),)),
+        # The same prompts from CUDA graphs and without: tau has to be the same.
         Stage(
-            "smollm2",
-            10,
+            "tree-graphs",
+            4,
             (
-                evaluate("identity_fp32", *modes, "--dtype", "float32", "--max-tokens", "64"),
-                evaluate("smollm2_batch1", *modes, "--max-tokens", "128"),
-                evaluate("smollm2_batch8", *modes, "--max-tokens", "128", "--batch-size", "8"),
+                evaluate("tree_graphs", *modes, "--max-tokens", "64", "--limit", "20"),
+                evaluate("tree_eager", *trees, "--max-tokens", "64", "--limit", "20", "--enforce-eager"),
+                evaluate("identity_fp32", *trees, "--dtype", "float32", "--max-tokens", "64", "--limit", "20"),
             ),
             (evaluate("identity_fp32", "--modes", "none,chain", "--dtype", "float32", *tiny),),
         ),
-        Stage("kernel-times", 8, tuple(map(bench, kernels)), tuple(map(dry_bench, kernels))),
-        # All engines of a sweep live on the GPU together, with 16 GB of weights each: four at most.
-        Stage(
-            "sweep-8b",
-            10,
-            (sweep("sweep_8b", *shape, "3", "--modes", "none,native,chain,auto"),),
-            (sweep("sweep_8b", "--dry-run", *short),),
-        ),
         Stage(
             "sweep-smollm2",
-            8,
+            4,
             (
                 sweep(
-                    "sweep_smollm2", *target(), "--modes", "none,native,adaptive,chain,tree,auto",
-                    "--repeats", "3",
+                    "sweep_smollm2", *target(), "--modes", "none,native,chain,tree,auto", "--repeats", "2",
+                    "--batch-sizes", "1,2,4,8,16,32,56", "--native-tokens", "3", "--max-tokens", "64",
                 ),
             ),
             (sweep("sweep_smollm2", *target(), *short, "--max-tokens", "4", "--enforce-eager"),),
         ),
-        Stage("tree-attention", 3, (bench("tree_attention"),), (dry_bench("tree_attention"),)),
-        Stage("draft-phase", 6, (bench("draft_phase"),), (dry_bench("draft_phase"),)),
+        Stage("tree-attention", 1.5, (bench("tree_attention"),), (dry_bench("tree_attention"),)),
+        Stage("ttft", 3, (bench("ttft"),), (dry_bench("ttft"),)),
+        Stage("draft-phase", 2.5, (bench("draft_phase"),), (dry_bench("draft_phase"),)),
+        Stage("kernel-times", 2, tuple(map(bench, kernels)), tuple(map(dry_bench, kernels))),
+        # Two engines of 16 GB of weights fit on one GPU beside their caches, graphs and profile.
         Stage(
-            "sweep-8b-native", 10, (sweep("sweep_8b_native", *shape, "1,2,5", "--modes", "none,native"),), ()
-        ),
-        Stage(
-            "sweep-8b-adaptive",
-            10,
-            (sweep("sweep_8b_adaptive", *shape, "3", "--modes", "none,adaptive,auto"),),
-            (),
+            "sweep-8b",
+            4,
+            (
+                sweep("sweep_8b_native", *shape, "--modes", "none,native"),
+                sweep("sweep_8b_auto", *shape, "--modes", "none,auto"),
+            ),
+            (sweep("sweep_8b", "--dry-run", *short),),
         ),
         Stage(
             "train",
-            30,
+            0,
             train("--ttt-steps", "7", "--lr", "1e-3", "--batch-tokens", "8192", "--epochs", "3"),
             train("--generate", answers, "--limit", "2", *steps),
             publish_head,
         ),
     ]  # fmt: skip
+
+
+def calls(all_stages: list[Stage], most: float = MINUTES_A_CALL) -> list[list[Stage]]:
+    """The timed stages in groups of at most `most` minutes, in order; one without a time is a group of its own."""
+    groups: list[list[Stage]] = []
+    for stage in all_stages:
+        minutes = sum(other.minutes for other in groups[-1]) if groups else most
+        if not stage.minutes or minutes + stage.minutes > most:
+            groups.append([])
+        groups[-1].append(stage)
+    return groups
 
 
 def run_command(words: list[str], log: Any, seconds: float) -> int:
@@ -159,19 +172,25 @@ def run_command(words: list[str], log: Any, seconds: float) -> int:
 
 
 def run_commands(commands: Commands, out: Path, deadline: float, log: Any) -> str:
+    """Run every command, also after one has failed: "ok", "N of M failed", "out of time" or "nothing to do"."""
+    failed = 0
     for command in commands:
         words = [word.replace("OUT/", f"{out}/") for word in command]
+        log.write(f"$ {' '.join(words)}\n")
+        log.flush()
         try:
-            if run_command(words, log, deadline - time.monotonic()):
-                return "failed"
+            failed += run_command(words, log, deadline - time.monotonic()) != 0
         except subprocess.TimeoutExpired:
             return "out of time"
-    return "ok" if commands else "nothing to do"
+    if not commands:
+        return "nothing to do"
+    return f"{failed} of {len(commands)} failed" if failed else "ok"
 
 
 def run(stage: Stage, out: Path, dry: bool) -> str:
-    """Run a stage's commands; returns "ok", "failed", "out of time", or "nothing to do"."""
-    deadline = time.monotonic() + 60 * stage.minutes * (3 if dry else 1)  # on a few busy CPU cores
+    """Run a stage's commands; returns what `run_commands` says."""
+    minutes = stage.minutes or ALONE
+    deadline = time.monotonic() + 60 * minutes * (6 if dry else 1)  # on a few busy CPU cores
     with (out / f"{stage.name}.log").open("w", encoding="utf-8") as log:
         result = run_commands(stage.dry if dry else stage.commands, out, deadline, log)
         if stage.after is not None:
@@ -207,7 +226,17 @@ def main() -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes, no GPU needed")
     parser.add_argument("--only", nargs="+", metavar="STAGE", choices=[stage.name for stage in stages()])
+    parser.add_argument(
+        "--call", type=int, metavar="N", help=f"the stages of the N-th {MINUTES_A_CALL} minutes, from 1"
+    )
     args = parser.parse_args()
+    groups = calls(stages())
+    if args.call is not None:
+        if args.only or not 1 <= args.call <= len(groups):
+            parser.error(
+                f"--call: expected a number from 1 to {len(groups)}, and no --only; found {args.call}"
+            )
+        args.only = [stage.name for stage in groups[args.call - 1]]
     args.out.mkdir(parents=True, exist_ok=True)
     state = args.out / "stages.json"
     ended: dict[str, dict[str, object]] = json.loads(state.read_text()) if state.exists() else {}

@@ -194,7 +194,7 @@ def test_one_long_request_does_not_multiply_the_grid(device, monkeypatch):
             grids.append(grid)
             return lambda *args, **kwargs: None
 
-    monkeypatch.setattr(module, "_tree_attention_kernel", Recorder())
+    monkeypatch.setattr(module, "tree_attention_kernel", Recorder())
     rows = torch.tensor([256, *[3] * 8])
     starts = torch.nn.functional.pad(rows.cumsum(0), (1, 0)).int()
     tokens = int(starts[-1])

@@ -45,9 +45,13 @@ SHAPES: dict[str, tuple[dict[str, Any], int]] = {
 }
 
 
-def write_shape(name: str, folder: Path) -> tuple[Path, Path]:
-    """Directories of target and draft with a config.json and no weights, for vLLM's `load_format="dummy"`."""
+def write_shape(name: str, folder: Path, positions: int = 0) -> tuple[Path, Path]:
+    """Directories of target and draft with a config.json and no weights, for vLLM's `load_format="dummy"`.
+
+    positions: longest sequence in tokens, if it is to be longer than the shape's.
+    """
     target, draft_vocab = SHAPES[name]
+    target = target | {"max_position_embeddings": max(target["max_position_embeddings"], positions)}
     layers = target["num_hidden_layers"]
     draft = target | {
         "architectures": ["LlamaForCausalLMEagle3"],
