@@ -6,11 +6,22 @@ backend="native" or "torch" picks; None takes the compiled kernel where there is
 from .build import native
 from .call import choose_backend
 from .commit_kv import KVTable, commit_kv, kv_table
+from .growth import Growth, Level, top_children
 from .layout import KVLayout, observed
 from .path_attention import path_attention
 from .tree_attention import tree_attention
 
 __all__ = [
-    "KVLayout", "KVTable", "choose_backend", "commit_kv", "kv_table", "native", "observed", "path_attention",
+    "Growth",
+    "KVLayout",
+    "KVTable",
+    "Level",
+    "choose_backend",
+    "commit_kv",
+    "kv_table",
+    "native",
+    "observed",
+    "path_attention",
+    "top_children",
     "tree_attention",
-]  # fmt: skip
+]

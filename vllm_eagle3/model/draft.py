@@ -20,7 +20,7 @@ from vllm.model_executor.models.qwen3_eagle3 import Eagle3Qwen3ForCausalLM
 from vllm_eagle3.checkpoint import canonical_tensors, refuse_unreadable
 from vllm_eagle3.checkpoint.target_head import target_head_rows
 from vllm_eagle3.config import Eagle3Options
-from vllm_eagle3.kernels import HeadTopK, concat_fc, finite, head_topk, top_children
+from vllm_eagle3.kernels import HeadTopK, concat_fc, cpu, finite, head_topk, top_children
 from vllm_eagle3.model.activate import draft_config
 from vllm_eagle3.model.int8 import Int8Linear, int8_layers
 from vllm_eagle3.model.ops import add_rms_norm, linear, rms_norm, silu_and_mul
@@ -119,7 +119,10 @@ class _DraftMixin(nn.Module):
         if self._fuses_head(hidden_states):
             top = self._head_topk(hidden_states, k)
             return finite(top.logits - top.lse[:, None]), top.ids
-        log_probs, ids = top_children(self.draft_logits(hidden_states), k)
+        logits = self.draft_logits(hidden_states)
+        if logits.device.type == "cpu":
+            return cpu.top_children(logits, k, self.draft_to_target)
+        log_probs, ids = top_children(logits, k)
         return log_probs, ids if self.draft_to_target is None else self.draft_to_target[ids]
 
     def _fuses_head(self, hidden_states: torch.Tensor) -> bool:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from vllm_eagle3.kernels import top_k
+from vllm_eagle3.kernels.cpu import Level
 
 UNUSED = -1  # parent of an unused node
 
@@ -89,3 +90,55 @@ class Expansion:
             torch.nn.functional.pad(parents.masked_fill(dead, UNUSED), pad, value=UNUSED),
             torch.nn.functional.pad(scores, pad, value=float("-inf")),
         )
+
+
+class Growth:
+    """An expansion, and what the draft takes to score the next level. `kernels.cpu.Growth` does the same natively.
+
+    Level l (from 1) of a tree that expands k nodes a level owns the scratch slots (l - 1) k to l k - 1.
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        topk: int,
+        chain: torch.Tensor,
+        last: torch.Tensor,
+        max_position: int,
+        token_dtype: torch.dtype,
+    ) -> None:
+        """depth: most levels. chain: bool [batch], requests that keep only the greedy path. last: int64 [batch],
+        position of the row that each tree grows from. token_dtype: of the tokens that levels hand out.
+        """
+        self.topk, self.last, self.max_position, self.token_dtype = topk, last, max_position, token_dtype
+        self.expansion = Expansion(topk, chain)
+        self.paths = torch.zeros(len(chain), 1, 0, dtype=torch.int64, device=chain.device)
+
+    def extend(self, log_probs: torch.Tensor, ids: torch.Tensor, states: torch.Tensor) -> Level:
+        """Add the children of the frontier; the new frontier is what the draft takes next.
+
+        log_probs, ids: [batch * width, topk] in order of falling probability; width is 1 for the roots, else topk.
+        states: [batch * width, hidden], what the draft hands on to the children.
+        """
+        batch, width, level = self.paths.shape
+        shape = (batch, width, self.topk)
+        frontier = self.expansion.grow(log_probs.view(shape), ids.view(shape))
+        parents = frontier.parents[..., None]
+        own = level * self.topk + torch.arange(self.topk, device=parents.device).expand(batch, self.topk)
+        paths = self.paths.gather(1, parents.expand(-1, -1, level))
+        self.paths = torch.cat([paths, own[..., None]], dim=-1)
+        states = states.view(batch, width, -1)
+        positions = (self.last[:, None] + level + 1).clamp(max=self.max_position).repeat(1, self.topk)
+        return Level(
+            frontier.tokens.flatten().to(self.token_dtype),
+            positions.flatten(),
+            states.gather(1, parents.expand(-1, -1, states.shape[-1])).flatten(0, 1),
+            self.paths,
+        )
+
+    def rerank(self, tokens: torch.Tensor, parents: torch.Tensor) -> torch.Tensor:
+        """Write the best nodes to tokens and parents, int64 [batch, nodes]; returns their scores."""
+        tree = self.expansion.rerank(tokens.shape[1])
+        tokens.copy_(tree.tokens)
+        parents.copy_(tree.parents)
+        return tree.scores

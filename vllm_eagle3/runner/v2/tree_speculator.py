@@ -14,7 +14,7 @@ from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from vllm_eagle3.config import Eagle3Options, TreeOptions
-from vllm_eagle3.kernels import MOST_LOGITS
+from vllm_eagle3.kernels import MOST_LOGITS, cpu
 from vllm_eagle3.runner.v2.accepted_rows import accepted_rows
 from vllm_eagle3.runner.v2.select_attention import select_tree_attention
 from vllm_eagle3.runner.v2.speculator import Eagle3Speculator
@@ -22,7 +22,7 @@ from vllm_eagle3.runner.v2.tree_attention import PathMetadata
 from vllm_eagle3.runner.v2.tree_limits import USE_A_CHAIN, refuse_unsupported
 from vllm_eagle3.runner.v2.tree_model_state import TreeModelState
 from vllm_eagle3.runner.v2.tree_state import TreeState
-from vllm_eagle3.tree.growth import Expansion
+from vllm_eagle3.tree.growth import Growth
 
 
 def make_tree_speculator(
@@ -60,6 +60,7 @@ class TreeSpeculator(Eagle3Speculator):
             self.max_num_reqs, dtype=torch.bool, device=device
         )  # requests that get a chain
         self.parents = torch.zeros(self.max_num_reqs, tree.nodes, dtype=torch.int64, device=device)
+        self.growth = cpu.Growth if device.type == "cpu" and cpu.native() else Growth
         self.growth_graphs: CudaGraphManager | None = None
         self.tree_state: TreeState | None = None  # handed in by set_attn, after memory has been profiled
 
@@ -192,37 +193,26 @@ class TreeSpeculator(Eagle3Speculator):
     def _grow_rows(self, at: slice, nodes: int, attend: bool) -> None:
         """Grow the trees of the requests `at`. Reads and writes buffers and nothing on the host, for CUDA graphs."""
         batch, topk = at.stop - at.start, self.tree.topk
-        expansion = Expansion(topk, self.chain[at])
-        frontier = expansion.grow(*(children[at, None] for children in self.root_children))
-        states = self.hidden_states[at, None]  # the state that each node's parent hands on
-        last = self.input_buffers.positions[at, None]  # row that the tree grows from
-        paths = torch.zeros(batch, 1, 0, dtype=torch.int64, device=self.device)
+        last = self.input_buffers.positions[at]  # row that the tree grows from
+        # The compiled draft was traced with ids of this dtype, and misreads ids of another.
+        id_dtype = self.input_buffers.input_ids.dtype
+        growth = self.growth(self.tree.depth, topk, self.chain[at], last, self.max_model_len - 1, id_dtype)
+        log_probs, ids = self.root_children
+        level = growth.extend(log_probs[at], ids[at], self.hidden_states[at])
         prefix = None
         if attend:
             block_table = self.block_tables.input_block_tables[self._group()][at]
-            prefix = (block_table, last[:, 0] + 1, self.scratch_keys[at], self.scratch_values[at])
-        for level in range(1, min(self.tree.depth, nodes)):  # a path of d nodes takes d of them
-            own = (level - 1) * topk + torch.arange(topk, device=self.device).expand(batch, topk)
-            parents = frontier.parents[..., None]
-            paths = torch.cat([paths.gather(1, parents.expand(-1, -1, level - 1)), own[..., None]], dim=-1)
-            states = states.gather(1, parents.expand(-1, -1, states.shape[-1]))
-            metadata = prefix and {self.draft_attn_layer_name: PathMetadata(*prefix, paths)}
-            positions = (last + level).clamp(max=self.max_model_len - 1).repeat(1, topk)
+            prefix = (block_table, last + 1, self.scratch_keys[at], self.scratch_values[at])
+        for _ in range(1, min(self.tree.depth, nodes)):  # a path of d nodes takes d of them
+            metadata = prefix and {self.draft_attn_layer_name: PathMetadata(*prefix, level.paths)}
             # Without slots the layer writes nothing to the sequence's cache.
             with set_forward_context(metadata, self.vllm_config, num_tokens=batch * topk, slot_mapping={}):
                 normed, states = self.model(
-                    # The compiled draft was traced with ids of this dtype, and misreads ids of another.
-                    input_ids=frontier.tokens.flatten().to(self.input_buffers.input_ids.dtype),
-                    positions=positions.flatten(),
-                    hidden_states=states.flatten(0, 1),
+                    input_ids=level.tokens, positions=level.positions, hidden_states=level.states
                 )
-            states = states.view(batch, topk, -1)
             log_probs, ids = self.model.top_children(normed, topk)
-            shape = (batch, topk, topk)
-            frontier = expansion.grow(log_probs.view(shape), ids.view(shape))
-        tree = expansion.rerank(nodes)
-        self.draft_tokens[at, :nodes] = tree.tokens
-        self.parents[at, :nodes] = tree.parents
+            level = growth.extend(log_probs, ids, states)
+        growth.rerank(self.draft_tokens[at, :nodes], self.parents[at, :nodes])
 
     def _group(self) -> int:
         """KV cache group of the draft's layer."""
