@@ -105,8 +105,8 @@ def record_graphs(monkeypatch: Any, sizes: list[int]) -> dict[type, list[int]]:
         monkeypatch.setattr(module, "native", lambda: None)
     for name in ("tree_attention", "path_attention"):
         monkeypatch.setattr(tree_attention, name, as_one(getattr(tree_attention, name)))
-    cpu = tree_attention.TreeCPUAttentionImpl
-    monkeypatch.setattr(cpu, "do_kv_cache_update", as_one(cpu.do_kv_cache_update))
+    impl = tree_attention.TreeCPUAttentionImpl
+    monkeypatch.setattr(impl, "do_kv_cache_update", as_one(impl.do_kv_cache_update))
     return replayed
 
 
