@@ -101,8 +101,8 @@ def record_graphs(monkeypatch: Any, sizes: list[int]) -> dict[type, list[int]]:
     monkeypatch.setattr(type(current_platform), "get_global_graph_pool", lambda self: None)
     monkeypatch.setattr(CudaGraphManager, "capture", capture_each)
     monkeypatch.setattr(CudaGraphManager, "run_fullgraph", run_fullgraph)
-    for module in (cpu, cpu.call):  # a native kernel is no torch operation, and a GPU has none
-        monkeypatch.setattr(module, "native", lambda: None)
+    # A native kernel is no torch operation, and a GPU has none.
+    monkeypatch.setattr(cpu.call, "native", lambda: None)
     for name in ("tree_attention", "path_attention"):
         monkeypatch.setattr(tree_attention, name, as_one(getattr(tree_attention, name)))
     impl = tree_attention.TreeCPUAttentionImpl

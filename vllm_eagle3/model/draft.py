@@ -156,7 +156,7 @@ class _DraftMixin(nn.Module):
             input_ids: [n] token after each row's state.
             hidden_states: [n, h] g of each row (or a of its parent).
             positions: [n] positions of the states.
-            slot_mapping: [n] KV slots of the rows; None writes no KV (profiling).
+            slot_mapping: [n] KV slots of the rows; None writes no KV (profiling, and levels of a tree).
             attn_metadata: metadata of the backend for r queries, one a request; None skips attention.
             rows: [r] indices of the rows that draft; None means all, an empty one only writes KV.
 
@@ -170,9 +170,9 @@ class _DraftMixin(nn.Module):
         residual = normed if self.draft_config.norm_before_residual else hidden_states
         qkv = self._linear(attention.qkv_proj, torch.cat([embeds, normed], dim=-1))
         query, key, value = self._rotated(attention, qkv, positions, eps)
+        key = key.view(-1, attention.num_kv_heads, attention.head_dim)
+        value = value.view(-1, attention.num_kv_heads, attention.head_dim)
         if slot_mapping is not None:
-            key = key.view(-1, attention.num_kv_heads, attention.head_dim)
-            value = value.view(-1, attention.num_kv_heads, attention.head_dim)
             attn.impl.do_kv_cache_update(attn, key, value, attn.kv_cache, slot_mapping)
         if rows is not None:
             if len(rows) == 0:
@@ -180,7 +180,7 @@ class _DraftMixin(nn.Module):
             query, residual = query[rows], residual[rows]
         query = query.view(-1, attention.num_heads, attention.head_dim)
         context = torch.empty_like(query, memory_format=torch.contiguous_format)
-        attn.impl.forward(attn, query, None, None, attn.kv_cache, attn_metadata, output=context)
+        attn.impl.forward(attn, query, key, value, attn.kv_cache, attn_metadata, output=context)
         output = self._linear(attention.o_proj, context.view(len(context), -1))
         output, residual = add_rms_norm(output, residual, layer.post_attention_layernorm.weight, eps)
         output = self._linear(layer.mlp.down_proj, silu_and_mul(self._linear(layer.mlp.gate_up_proj, output)))

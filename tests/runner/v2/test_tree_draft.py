@@ -67,11 +67,12 @@ def recorded_chain_drafts(monkeypatch, cls):
 
 
 def test_one_branch_is_the_chain(models, prompts, texts, monkeypatch):
+    from vllm_eagle3.runner.v2.cpu_speculator import CPUSpeculator
     from vllm_eagle3.runner.v2.speculator import Eagle3Speculator
     from vllm_eagle3.runner.v2.tree_speculator import TreeSpeculator
 
-    drafts = []
-    for cls, extra in ((Eagle3Speculator, {}), (TreeSpeculator, {"additional_config": tree(4, 1, 4)})):
+    drafts, chains = [], Eagle3Speculator if torch.cuda.is_available() else CPUSpeculator
+    for cls, extra in ((chains, {}), (TreeSpeculator, {"additional_config": tree(4, 1, 4)})):
         with monkeypatch.context() as patch:
             drafts.append(recorded_chain_drafts(patch, cls))
             with running(models[0], speculative_config=speculative(models[1], 4), **SIZES, **extra) as llm:

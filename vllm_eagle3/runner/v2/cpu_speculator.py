@@ -95,7 +95,7 @@ class CPUSpeculator(Eagle3Speculator):
         buffers.seq_lens[:batch] = input_batch.seq_lens[:batch] - num_rejected
         longest = input_batch.seq_lens_cpu_upper_bound[:batch]
         self.draft_max_seq_len = min(int(longest.max()) + most, self.max_model_len)
-        first = self.model.step(*inputs, self._metadata(batch, longest, 0), rows=rows)
+        first = self.first_step(*inputs, self._metadata(batch, longest, 0), rows=rows)
         buffers.positions[:batch] = first_positions
         chain = draft_chain(
             self.model,
@@ -110,6 +110,10 @@ class CPUSpeculator(Eagle3Speculator):
         if self.may_stop:
             drafts.masked_fill_(torch.arange(drafts.shape[1]) >= chain.lengths[:, None], NOT_DRAFTED)
         return drafts
+
+    def first_step(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """The draft step over the rows that the target has just computed; arguments and result as `model.step`'s."""
+        return self.model.step(*args, **kwargs)
 
     def _next_step(
         self, batch: int, longest: torch.Tensor, index: int, ids: torch.Tensor, state: torch.Tensor

@@ -6,11 +6,13 @@ import torch
 from vllm.config import VllmConfig
 from vllm.v1.worker.gpu.spec_decode import init_speculator as stock_init_speculator
 
-from vllm_eagle3.config import Eagle3Options
+from vllm_eagle3.config import Eagle3Options, TreeOptions
 from vllm_eagle3.model.activate import activate
+from vllm_eagle3.runner import triton_interpreter
 from vllm_eagle3.runner.startup_log import report, report_lookahead
 from vllm_eagle3.runner.v2.cpu_speculator import CPUSpeculator, serves
 from vllm_eagle3.runner.v2.speculator import Eagle3Speculator
+from vllm_eagle3.runner.v2.tree_limits import refuse_unsupported
 
 
 def init_speculator(vllm_config: VllmConfig, device: torch.device, req_states: Any) -> Any:
@@ -20,10 +22,25 @@ def init_speculator(vllm_config: VllmConfig, device: torch.device, req_states: A
         return stock_init_speculator(vllm_config, device, req_states)
     options = Eagle3Options.from_additional_config(vllm_config.additional_config)
     if options.tree is not None:
-        from vllm_eagle3.runner.v2.tree_speculator import make_tree_speculator
-
         report(draft_config, "V2", vllm_config, "tree")
         report_lookahead(vllm_config, options.tree)
-        return make_tree_speculator(vllm_config, device, options)
+        return _tree_speculator(vllm_config, device, options.tree)
     report(draft_config, "V2", vllm_config, "chain")
     return (CPUSpeculator if serves(vllm_config, device) else Eagle3Speculator)(vllm_config, device)
+
+
+def _tree_speculator(vllm_config: VllmConfig, device: torch.device, tree: TreeOptions) -> Eagle3Speculator:
+    """Called before the model is built, because it selects the attention backend. Triton's interpreter takes the path
+    of GPUs, which is what it is there to test.
+
+    Raises:
+        ValueError: this engine has settings that trees do not support. The message names all of them.
+    """
+    from vllm_eagle3.runner.v2.cpu_tree_speculator import CPUTreeSpeculator
+    from vllm_eagle3.runner.v2.select_attention import select_tree_attention
+    from vllm_eagle3.runner.v2.tree_speculator import TreeSpeculator
+
+    refuse_unsupported(vllm_config, tree)
+    select_tree_attention(vllm_config)
+    on_cpu = serves(vllm_config, device) and not triton_interpreter.enabled()
+    return (CPUTreeSpeculator if on_cpu else TreeSpeculator)(vllm_config, device, tree)

@@ -13,31 +13,15 @@ from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGra
 from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
-from vllm_eagle3.config import Eagle3Options, TreeOptions
+from vllm_eagle3.config import TreeOptions
 from vllm_eagle3.kernels import MOST_LOGITS, cpu
 from vllm_eagle3.runner.v2.accepted_rows import accepted_rows
-from vllm_eagle3.runner.v2.select_attention import select_tree_attention
 from vllm_eagle3.runner.v2.speculator import Eagle3Speculator
 from vllm_eagle3.runner.v2.tree_attention import PathMetadata
-from vllm_eagle3.runner.v2.tree_limits import USE_A_CHAIN, refuse_unsupported
+from vllm_eagle3.runner.v2.tree_limits import USE_A_CHAIN
 from vllm_eagle3.runner.v2.tree_model_state import TreeModelState
 from vllm_eagle3.runner.v2.tree_state import TreeState
 from vllm_eagle3.tree.growth import Growth
-
-
-def make_tree_speculator(
-    vllm_config: VllmConfig, device: torch.device, options: Eagle3Options
-) -> "TreeSpeculator":
-    """The speculator of an engine whose option `tree` is set. To be called before the model is built, because it
-    selects the attention backend.
-
-    Raises:
-        ValueError: this engine has settings that trees do not support. The message names all of them.
-    """
-    assert options.tree is not None
-    refuse_unsupported(vllm_config, options.tree)
-    select_tree_attention(vllm_config)
-    return TreeSpeculator(vllm_config, device, options.tree)
 
 
 class TreeSpeculator(Eagle3Speculator):
@@ -60,7 +44,7 @@ class TreeSpeculator(Eagle3Speculator):
             self.max_num_reqs, dtype=torch.bool, device=device
         )  # requests that get a chain
         self.parents = torch.zeros(self.max_num_reqs, tree.nodes, dtype=torch.int64, device=device)
-        self.growth = cpu.Growth if device.type == "cpu" and cpu.native() else Growth
+        self.growth: type[Growth | cpu.Growth] = Growth
         self.growth_graphs: CudaGraphManager | None = None
         self.tree_state: TreeState | None = None  # handed in by set_attn, after memory has been profiled
 
@@ -192,7 +176,7 @@ class TreeSpeculator(Eagle3Speculator):
 
     def _grow_rows(self, at: slice, nodes: int, attend: bool) -> None:
         """Grow the trees of the requests `at`. Reads and writes buffers and nothing on the host, for CUDA graphs."""
-        batch, topk = at.stop - at.start, self.tree.topk
+        topk = self.tree.topk
         last = self.input_buffers.positions[at]  # row that the tree grows from
         # The compiled draft was traced with ids of this dtype, and misreads ids of another.
         id_dtype = self.input_buffers.input_ids.dtype
@@ -204,15 +188,20 @@ class TreeSpeculator(Eagle3Speculator):
             block_table = self.block_tables.input_block_tables[self._group()][at]
             prefix = (block_table, last + 1, self.scratch_keys[at], self.scratch_values[at])
         for _ in range(1, min(self.tree.depth, nodes)):  # a path of d nodes takes d of them
-            metadata = prefix and {self.draft_attn_layer_name: PathMetadata(*prefix, level.paths)}
-            # Without slots the layer writes nothing to the sequence's cache.
-            with set_forward_context(metadata, self.vllm_config, num_tokens=batch * topk, slot_mapping={}):
-                normed, states = self.model(
-                    input_ids=level.tokens, positions=level.positions, hidden_states=level.states
-                )
+            normed, states = self.draft_level(level, PathMetadata(*prefix, level.paths) if prefix else None)
             log_probs, ids = self.model.top_children(normed, topk)
             level = growth.extend(log_probs, ids, states)
         growth.rerank(self.draft_tokens[at, :nodes], self.parents[at, :nodes])
+
+    def draft_level(
+        self, level: cpu.Level, metadata: PathMetadata | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the draft over the nodes of a level: norm(a) and what it hands on, both [batch * topk, hidden]."""
+        attention = metadata and {self.draft_attn_layer_name: metadata}
+        rows = len(level.tokens)
+        # Without slots the layer writes nothing to the sequence's cache.
+        with set_forward_context(attention, self.vllm_config, num_tokens=rows, slot_mapping={}):
+            return self.model(input_ids=level.tokens, positions=level.positions, hidden_states=level.states)
 
     def _group(self) -> int:
         """KV cache group of the draft's layer."""

@@ -1,0 +1,43 @@
+"""The speculator that grows draft trees on a CPU, where nothing is captured in graphs."""
+
+from typing import Any
+
+import torch
+
+from vllm_eagle3.kernels import cpu
+from vllm_eagle3.runner.v2.cpu_speculator import CPUSpeculator
+from vllm_eagle3.runner.v2.tree_attention import PathMetadata
+from vllm_eagle3.runner.v2.tree_speculator import TreeSpeculator
+from vllm_eagle3.tree.growth import Growth
+
+
+class CPUTreeSpeculator(TreeSpeculator, CPUSpeculator):
+    """TreeSpeculator whose steps are those of CPUSpeculator: weights may be in int8, and nothing runs that a level
+    does not need. What lies between two levels is one native call.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.growth = cpu.Growth if cpu.native() else Growth
+
+    def first_step(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first draft step; its states are kept, because the tree grows from them."""
+        normed, states = super().first_step(*args, **kwargs)
+        self.hidden_states[: len(states)] = states
+        return normed, states
+
+    def _grow(self, input_batch: Any, nodes: int, attend: bool) -> None:
+        for first in range(0, input_batch.num_reqs, self.group):
+            self._grow_rows(slice(first, min(first + self.group, input_batch.num_reqs)), nodes, attend)
+
+    def draft_level(
+        self, level: cpu.Level, metadata: PathMetadata | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.model.step(level.tokens, level.states, level.positions, None, metadata)
+
+    def _path_metadata(self, batch: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """The slots of the draft's layer. It makes the metadata of its queries itself."""
+        slots = self.block_tables.compute_slot_mappings(
+            batch.idx_mapping, batch.query_start_loc, batch.positions, batch.num_tokens
+        )
+        return {}, {self.draft_attn_layer_name: slots[self._group()]}
