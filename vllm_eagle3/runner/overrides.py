@@ -233,7 +233,6 @@ SUBCLASSES = (
             "CPUAttentionBackendImpl",
             __init__="self, num_heads, head_size, scale, num_kv_heads, alibi_slopes, sliding_window, "
             "kv_cache_dtype, logits_soft_cap, attn_type, kv_sharing_target_layer_name, sinks",
-            do_kv_cache_update="self, layer, key, value, kv_cache, slot_mapping",
             forward=_ATTENTION_FORWARD,
         ),
         reason="vLLM's CPU attention knows causal masks only",

@@ -9,7 +9,7 @@ from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend, TritonAttentionImpl
 
-from vllm_eagle3.kernels import path_attention, tree_attention
+from vllm_eagle3.kernels import cpu, path_attention, tree_attention
 from vllm_eagle3.runner.v2.tree_limits import USE_A_CHAIN
 from vllm_eagle3.tree.mask import TreeMask
 
@@ -110,7 +110,7 @@ def refuse_layer(impl: Any) -> None:
 
 
 class TreeCPUAttentionBackend(CPUAttentionBackend):
-    """Overrides CPU_ATTN for a whole engine: torch attention on an unpacked cache, for steps with and without trees."""
+    """vLLM's CPU attention, with this project's kernels for batches that verify trees."""
 
     @staticmethod
     def get_impl_cls() -> type["TreeCPUAttentionImpl"]:
@@ -118,26 +118,11 @@ class TreeCPUAttentionBackend(CPUAttentionBackend):
 
 
 class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
-    """Keeps keys and values unpacked in `[blocks, kv_heads, block_size, 2 * head_dim]`, unlike vLLM's backend."""
+    """The cache is the stock backend's, in the order that it gives each instruction set."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         refuse_layer(self)
-
-    def do_kv_cache_update(
-        self,
-        layer: torch.nn.Module,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        slot_mapping: torch.Tensor,
-    ) -> None:
-        tokens = slot_mapping.shape[0]
-        valid = slot_mapping >= 0
-        slots = slot_mapping[valid].long()
-        rows = torch.cat([key[:tokens][valid], value[:tokens][valid]], dim=-1)
-        block_size = kv_cache.shape[2]
-        kv_cache[slots // block_size, :, slots % block_size] = rows.to(kv_cache.dtype)
 
     def forward(
         self,
@@ -151,12 +136,43 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if attn_metadata is None:  # memory profiling
-            return output.zero_()
         if isinstance(attn_metadata, PathMetadata):
-            return attend_paths(self, query, key, value, kv_cache, attn_metadata, output)
-        mask = getattr(attn_metadata, "tree", None) or causal_mask(attn_metadata)
-        return attend_tree(self, query, kv_cache, attn_metadata, mask, output)
+            paths = attn_metadata
+            rows = paths.paths.shape[0] * paths.paths.shape[1]
+            cpu.path_attention(
+                query[:rows], kv_cache, cpu_layout(layer, kv_cache), paths.block_table, paths.prefix_lens, paths.keys,
+                paths.values, paths.paths, scale=self.scale, window=window_of(self), new=(key[:rows], value[:rows]),
+                out=output[:rows],
+            )  # fmt: skip
+            return output
+        mask = getattr(attn_metadata, "tree", None)
+        if mask is None:
+            return super().forward(
+                layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
+            )
+        tokens = attn_metadata.num_actual_tokens
+        cpu.tree_attention(
+            query[:tokens], kv_cache, cpu_layout(layer, kv_cache), attn_metadata.block_table,
+            attn_metadata.query_start_loc, attn_metadata.seq_lens, *mask, scale=self.scale, window=window_of(self),
+            softcap=self.logits_soft_cap, sinks=self.sinks, out=output[:tokens],
+        )  # fmt: skip
+        return output
+
+
+def cpu_layout(layer: Any, kv_cache: torch.Tensor) -> cpu.KVLayout:
+    """How vLLM's CPU attention orders the keys and values of a block of this layer's cache."""
+    block_size, width = kv_cache.shape[2:]
+    key = (layer.isa, block_size, width, kv_cache.dtype)
+    if key not in _layouts:
+
+        def write(keys: torch.Tensor, values: torch.Tensor, block: torch.Tensor) -> None:
+            layer.impl.do_kv_cache_update(layer, keys, values, block, torch.arange(block_size))
+
+        _layouts[key] = cpu.observed(write, block_size, width // 2, kv_cache.dtype)
+    return _layouts[key]
+
+
+_layouts: dict[tuple[Any, ...], cpu.KVLayout] = {}
 
 
 class TreeTritonAttentionBackend(TritonAttentionBackend):
@@ -201,14 +217,3 @@ class TreeTritonAttentionImpl(TritonAttentionImpl):
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
         return attend_tree(self, query, kv_cache, attn_metadata, mask, output)
-
-
-def causal_mask(metadata: Any) -> TreeMask:
-    """The mask of a batch without trees: each row sees its own position and all positions before it."""
-    ends = metadata.query_start_loc[1:].long()
-    lens = metadata.query_start_loc.diff().long()
-    tokens = metadata.num_actual_tokens
-    shift = metadata.seq_lens[: len(lens)].long() - ends
-    position = torch.arange(tokens, device=shift.device)
-    position = position + torch.repeat_interleave(shift, lens, output_size=tokens)
-    return TreeMask(position, torch.ones_like(position), position)

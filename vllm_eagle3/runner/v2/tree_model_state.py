@@ -7,8 +7,8 @@ from vllm.config import VllmConfig
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from vllm_eagle3.config import Eagle3Options
-from vllm_eagle3.kernels import KVTable, commit_kv, kv_table
-from vllm_eagle3.runner.v2.tree_attention import with_tree
+from vllm_eagle3.kernels import KVTable, commit_kv, cpu, kv_table
+from vllm_eagle3.runner.v2.tree_attention import TreeCPUAttentionImpl, cpu_layout, with_tree
 from vllm_eagle3.runner.v2.tree_flash_attention import is_flash, tree_rows
 from vllm_eagle3.runner.v2.tree_limits import needs_chain
 from vllm_eagle3.runner.v2.tree_rejection_sampler import TreeRejectionSampler
@@ -33,7 +33,7 @@ class TreeModelState(DefaultModelState):
             self.max_num_reqs, vllm_config.num_speculative_tokens, self.max_num_tokens, device
         )
         self.kv_cache_groups: list[Any] = []
-        self._target_caches: list[tuple[int, KVTable]] | None = None
+        self._target_caches: list[tuple[int, KVTable | cpu.KVTable]] | None = None
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         super().add_request(req_index, new_req_data)
@@ -103,7 +103,7 @@ class TreeModelState(DefaultModelState):
         self.kv_cache_groups, self._target_caches = kv_cache_config.kv_cache_groups, None
 
     @property
-    def target_caches(self) -> list[tuple[int, KVTable]]:
+    def target_caches(self) -> list[tuple[int, KVTable | cpu.KVTable]]:
         """The target's caches, by KV cache group.
 
         They are looked up when first needed, so that nothing holds on to the small cache that vLLM makes while it
@@ -114,14 +114,13 @@ class TreeModelState(DefaultModelState):
             self._target_caches = []
             for group, spec in enumerate(self.kv_cache_groups):
                 members = [layers[name] for name in spec.layer_names]
-                caches = {  # layers that share a cache are moved once
-                    layer.kv_cache.data_ptr(): layer.kv_cache
+                targets = {  # layers that share a cache are moved once
+                    layer.kv_cache.data_ptr(): layer
                     for layer in members
                     if not getattr(layer, "is_draft_layer", False)
                 }
-                if caches:
-                    table = kv_table([keys_and_values(cache) for cache in caches.values()])
-                    self._target_caches.append((group, table))
+                if targets:
+                    self._target_caches.append((group, cache_table(list(targets.values()))))
         return self._target_caches
 
     def postprocess_state(
@@ -138,7 +137,18 @@ class TreeModelState(DefaultModelState):
         linear, accepted = step.rows[:, drafts], self.tree_state.path_rows()[:, drafts]
         for group, table in self.target_caches:
             slots = step.slot_mappings[group]
-            commit_kv(table, slots[accepted], slots[linear])
+            if isinstance(table, KVTable):
+                commit_kv(table, slots[accepted], slots[linear])
+            else:
+                cpu.commit_kv(table, slots[accepted], slots[linear])
+
+
+def cache_table(layers: list[Any]) -> KVTable | cpu.KVTable:
+    """The caches of some of the target's layers, for commit_kv."""
+    caches = [layer.kv_cache for layer in layers]
+    if isinstance(layers[0].impl, TreeCPUAttentionImpl):
+        return cpu.kv_table(caches, cpu_layout(layers[0], caches[0]))
+    return kv_table([keys_and_values(cache) for cache in caches])
 
 
 def keys_and_values(kv_cache: torch.Tensor) -> torch.Tensor:
