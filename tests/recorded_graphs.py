@@ -19,7 +19,6 @@ from vllm.platforms import current_platform
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 
 from vllm_eagle3.kernels import cpu
-from vllm_eagle3.runner.v2 import tree_attention
 
 ON_THE_HOST = (torch.ops.aten.item, torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero)
 
@@ -101,12 +100,8 @@ def record_graphs(monkeypatch: Any, sizes: list[int]) -> dict[type, list[int]]:
     monkeypatch.setattr(type(current_platform), "get_global_graph_pool", lambda self: None)
     monkeypatch.setattr(CudaGraphManager, "capture", capture_each)
     monkeypatch.setattr(CudaGraphManager, "run_fullgraph", run_fullgraph)
-    # A native kernel is no torch operation, and a GPU has none.
-    monkeypatch.setattr(cpu.call, "native", lambda: None)
-    for name in ("tree_attention", "path_attention"):
-        monkeypatch.setattr(tree_attention, name, as_one(getattr(tree_attention, name)))
-    impl = tree_attention.TreeCPUAttentionImpl
-    monkeypatch.setattr(impl, "do_kv_cache_update", as_one(impl.do_kv_cache_update))
+    for name in ("tree_attention", "path_attention", "top_children"):
+        monkeypatch.setattr(cpu, name, as_one(getattr(cpu, name)))
     return replayed
 
 

@@ -187,6 +187,12 @@ SUBCLASSES = (
         remove_when=_NO_TREES,
     ),
     Subclass(
+        "vllm_eagle3.runner.v2.cpu_tree_speculator:CPUTreeSpeculator",
+        _methods(_AUTOREGRESSIVE, "TargetDependentARSpeculator", __init__="self, vllm_config, device"),
+        reason="on a CPU the trees' steps are those of CPUSpeculator",
+        remove_when=_NO_TREES,
+    ),
+    Subclass(
         "vllm_eagle3.runner.v2.tree_model_state:TreeModelState",
         _methods(
             f"{_MODEL_STATES}.default",

@@ -26,10 +26,6 @@ class CPUTreeSpeculator(TreeSpeculator, CPUSpeculator):
         self.hidden_states[: len(states)] = states
         return normed, states
 
-    def _grow(self, input_batch: Any, nodes: int, attend: bool) -> None:
-        for first in range(0, input_batch.num_reqs, self.group):
-            self._grow_rows(slice(first, min(first + self.group, input_batch.num_reqs)), nodes, attend)
-
     def draft_level(
         self, level: cpu.Level, metadata: PathMetadata | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
