@@ -14,7 +14,7 @@ import pytest
 import torch
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-NAMES = ["concat_fc", "head_topk", "tree_steps", "linear_fp8", "tree_attention"]
+NAMES = ["concat_fc", "head_topk", "tree_steps", "linear_fp8", "tree_attention", "cpu_tree_attention"]
 
 
 @pytest.mark.parametrize("name", NAMES)

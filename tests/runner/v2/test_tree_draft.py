@@ -133,9 +133,8 @@ def test_trees_are_the_references(engine, models, prompts, texts, monkeypatch, i
         lambda module, args, kwargs: kinds.add(kwargs["input_ids"].dtype), with_kwargs=True
     )
     assert [p + t for p, t in zip(prompts, token_ids(llm, prompts, GREEDY), strict=True)] == texts
-    assert kinds == {speculator.input_buffers.input_ids.dtype}, (
-        "compiled for one type, it would misread others"
-    )
+    compiled = {speculator.input_buffers.input_ids.dtype} if type(speculator) is TreeSpeculator else set()
+    assert kinds == compiled, "compiled for one type, it would misread others"
 
     model = AutoModelForCausalLM.from_pretrained(models[0], dtype=torch.float32)
     embeddings, head = model.get_input_embeddings().weight.data, model.lm_head.weight.data
