@@ -8,10 +8,13 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
 
 from vllm_eagle3.evaluation.demo_models import default_pair
+
+CLIENT = Path(__file__).parents[2] / "examples" / "client.py"
 
 
 def free_port() -> int:
@@ -72,3 +75,10 @@ def test_chat_completion(server):
     drafts = [line for line in metrics.splitlines() if line.startswith("vllm:spec_decode_num_drafts_total")]
     assert float(drafts[0].split()[-1]) > 0
     assert "vllm-eagle3: drafting for" in log.read_text()
+
+
+def test_client_example(server):
+    url, _ = server
+    command = [sys.executable, CLIENT, "--url", url + "/v1", "What is the capital of France?"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert "Paris" in done.stdout, done.stderr

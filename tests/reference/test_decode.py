@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from vllm_eagle3.evaluation import demo_models
+from vllm_eagle3.reference.config import PlainDraftConfig
 from vllm_eagle3.reference.decode import Proposer, Tree, chain, decode, eagle2_tree
-from vllm_eagle3.reference.draft import DraftModel, PlainDraftConfig, load_draft
+from vllm_eagle3.reference.draft import DraftModel, load_draft
 
 VOCAB = 61
 PROMPT = [5, 6, 7, 8, 9]

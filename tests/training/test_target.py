@@ -140,7 +140,8 @@ def test_rope_of_one_dict_a_layer_type() -> None:
 
 def test_a_draft_of_a_partly_rotated_target(tmp_path: Path) -> None:
     """Half of each head is left alone, in training as in the config that vLLM reads."""
-    from vllm_eagle3.reference.draft import PlainDraftConfig, load_draft
+    from vllm_eagle3.reference.config import PlainDraftConfig
+    from vllm_eagle3.reference.draft import load_draft
     from vllm_eagle3.training.export import export
 
     rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}

@@ -112,11 +112,6 @@ def resolve_config(
     flags = Reader(config, source)
     _refuse_unknown_forward(flags.mapping("eagle_config"), source)
     vocab_size = reader.size("vocab_size")
-    draft_vocab_size = flags.size("draft_vocab_size", default=vocab_size)
-    if draft_vocab_size > vocab_size:
-        raise CheckpointError(
-            f"{source}: draft_vocab_size {draft_vocab_size} exceeds vocab_size {vocab_size}"
-        )
     target_hidden_size = flags.size("target_hidden_size", default=layer_config["hidden_size"])
 
     target = None
@@ -134,7 +129,25 @@ def resolve_config(
         source=source,
     )
     notes.append(note)
-    if dialect == "speculators" and config.get("norm_before_residual") is None:
+    return DraftConfig(
+        dialect=dialect,
+        layer_config=layer_config,
+        hidden_size=layer_config["hidden_size"],
+        target_hidden_size=target_hidden_size,
+        vocab_size=vocab_size,
+        draft_vocab_size=_draft_vocab_size(flags, vocab_size),
+        aux_layers=aux,
+        max_position_embeddings=layer_config["max_position_embeddings"],
+        num_aux_hidden_states=len(aux) if aux else number or USUAL,
+        tie_word_embeddings=layer_config["tie_word_embeddings"],
+        **_norms(flags, dialect, notes),
+        notes=tuple(notes),
+    )
+
+
+def _norms(flags: Reader, dialect: str, notes: list[str]) -> dict[str, Any]:
+    """Which of the optional norms the draft has, as fields of DraftConfig."""
+    if dialect == "speculators" and flags.values.get("norm_before_residual") is None:
         norm_before_residual = True
         notes.append(
             "norm_before_residual: MISSING; speculators' trainer means true, its config class false; true is "
@@ -142,26 +155,23 @@ def resolve_config(
         )
     else:
         norm_before_residual = flags.flag("norm_before_residual")
-    nested_norm = Reader(flags.mapping("eagle_config"), source).flag(
-        "norm_before_fc", default=flags.flag("norm_before_fc")
-    )
-    return DraftConfig(
-        dialect=dialect,
-        layer_config=layer_config,
-        hidden_size=layer_config["hidden_size"],
-        target_hidden_size=target_hidden_size,
-        vocab_size=vocab_size,
-        draft_vocab_size=draft_vocab_size,
-        aux_layers=aux,
-        max_position_embeddings=layer_config["max_position_embeddings"],
-        num_aux_hidden_states=len(aux) if aux else number or USUAL,
-        norm_before_residual=norm_before_residual,
-        norm_before_fc=nested_norm,
-        fc_norm=flags.flag("fc_norm") or flags.flag("use_aux_norm"),
-        norm_output=flags.flag("norm_output"),
-        tie_word_embeddings=layer_config["tie_word_embeddings"],
-        notes=tuple(notes),
-    )
+    nested = Reader(flags.mapping("eagle_config"), flags.source)
+    return {
+        "norm_before_residual": norm_before_residual,
+        "norm_before_fc": nested.flag("norm_before_fc", default=flags.flag("norm_before_fc")),
+        "fc_norm": flags.flag("fc_norm") or flags.flag("use_aux_norm"),
+        "norm_output": flags.flag("norm_output"),
+    }
+
+
+def _draft_vocab_size(flags: Reader, vocab_size: int) -> int:
+    """Rows of the draft's head: as many as the target's, unless the config says fewer."""
+    draft_vocab_size = flags.size("draft_vocab_size", default=vocab_size)
+    if draft_vocab_size > vocab_size:
+        raise CheckpointError(
+            f"{flags.source}: draft_vocab_size {draft_vocab_size} exceeds vocab_size {vocab_size}"
+        )
+    return draft_vocab_size
 
 
 def _number_of_states(flags: Reader) -> int | None:

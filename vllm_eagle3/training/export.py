@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from vllm_eagle3.reference.draft import DraftModel, PlainDraftConfig
+from vllm_eagle3.reference.config import PlainDraftConfig
+from vllm_eagle3.reference.draft import DraftModel
 
 FORMATS = ("flat", "speculators")
 OPTIONS = ("norm_before_residual", "norm_output", "fc_norm")

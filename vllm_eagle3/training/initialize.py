@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_eagle3.reference.draft import DraftModel, PlainDraftConfig, RMSNorm, load_draft
+from vllm_eagle3.reference.config import PlainDraftConfig
+from vllm_eagle3.reference.draft import DraftModel, RMSNorm, load_draft
 from vllm_eagle3.training.data import Batch, draft_vocabulary
 from vllm_eagle3.training.features import Features, Target, head_dim, target_rope
 from vllm_eagle3.training.settings import INITS
