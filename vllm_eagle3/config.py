@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 KEY = "eagle3"
@@ -105,6 +107,15 @@ class Eagle3Options:
         """
         options = (additional_config or {}).get(KEY)
         return _from_mapping(cls, {} if options is None else options, "")
+
+
+def cache_folder() -> Path:
+    """`vllm-eagle3/` under XDG_CACHE_HOME, or under ~/.cache if that is not set.
+
+    Raises RuntimeError if there is no home directory either.
+    """
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "vllm-eagle3"
 
 
 def options_table() -> str:

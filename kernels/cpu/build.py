@@ -18,6 +18,8 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+from vllm_eagle3.config import cache_folder
+
 logger = logging.getLogger("vllm.eagle3")
 
 SOURCES = Path(__file__).parent
@@ -36,18 +38,13 @@ def native() -> ctypes.CDLL | None:
         return None
     try:
         return ctypes.CDLL(str(_library()))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: no home directory
         detail = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         logger.warning(
             "no native CPU kernels, draft trees use slower torch operations: %s",
             detail[0] if detail else error,
         )
         return None
-
-
-def cache_folder() -> Path:
-    """`vllm-eagle3/native/` under XDG_CACHE_HOME, or ~/.cache if that is not set."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-eagle3" / "native"
 
 
 def _library() -> Path:
@@ -61,7 +58,7 @@ def _library() -> Path:
     identity = hashlib.sha256(repr((command, omp, _cpu(), _version(compiler))).encode())
     for file in sorted((*sources, *SOURCES.glob("*.h"))):
         identity.update(file.read_bytes())
-    folder = cache_folder()
+    folder = cache_folder() / "native"
     folder.mkdir(parents=True, exist_ok=True)
     library = folder / f"kernels-{identity.hexdigest()[:16]}.so"
     if not library.exists():

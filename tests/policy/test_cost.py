@@ -1,4 +1,4 @@
-"""The cost table: interpolation, the file, the correction by what is seen. Under a second."""
+"""The step cost model: interpolation, and the correction by what is seen. Under a second."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_eagle3.policy.cost import CostTable, SeenCost, bucket, interpolate
+from vllm_eagle3.policy.cost import SeenCost, StepCostModel, bucket, interpolate
 
-TABLE = CostTable(
+MODEL = StepCostModel(
     {128: {1: 0.02, 16: 0.03}, 1024: {1: 0.03, 16: 0.05}}, {1: 0.001, 16: 0.002}, {1: 0.001}, 0.004
 )
 
@@ -20,7 +20,7 @@ def test_interpolation_passes_through_the_points_and_goes_on_outside() -> None:
     assert [interpolate(curve, x) for x in (2, 3, 4, 7, 10, 100)] == [1.0, 1.5, 2.0, 2.0, 2.0, 2.0]
     assert interpolate(curve, 1) == 0.5
     assert interpolate({8: 3.0}, 1000) == 3.0
-    with pytest.raises(ValueError, match="at least one measured point"):
+    with pytest.raises(ValueError, match="at least one point"):
         interpolate({}, 1)
 
 
@@ -30,11 +30,11 @@ def test_interpolation_is_never_negative(curve: dict[int, float], size: int) -> 
 
 
 def test_a_step_adds_up() -> None:
-    assert TABLE.step(16, 4, 0, 128) == pytest.approx(0.004 + 0.03 + 0.002)
-    assert TABLE.step(16, 4, 1, 128) == TABLE.step(16, 4, 0, 128), "the sync pass gives the first draft"
-    assert TABLE.step(16, 4, 3, 128) == pytest.approx(0.004 + 0.03 + 0.002 + 2 * 0.001)
-    assert TABLE.target_step(16, (128 + 1024) / 2) == pytest.approx(0.04)
-    assert TABLE.target_step(16, 0) == pytest.approx(0.03), "below the first bucket: the first bucket"
+    assert MODEL.step(16, 4, 0, 128) == pytest.approx(0.004 + 0.03 + 0.002)
+    assert MODEL.step(16, 4, 1, 128) == MODEL.step(16, 4, 0, 128), "the sync pass gives the first draft"
+    assert MODEL.step(16, 4, 3, 128) == pytest.approx(0.004 + 0.03 + 0.002 + 2 * 0.001)
+    assert MODEL.target_step(16, (128 + 1024) / 2) == pytest.approx(0.04)
+    assert MODEL.target_step(16, 0) == pytest.approx(0.03), "below the first bucket: the first bucket"
 
 
 @pytest.mark.parametrize(
@@ -47,15 +47,15 @@ def test_a_step_adds_up() -> None:
         dict(sync={1: float("nan")}),
     ],
 )
-def test_bad_tables_are_refused(bad: dict) -> None:
+def test_bad_models_are_refused(bad: dict) -> None:
     good = dict(target={0: {1: 1.0}}, sync={1: 0.1}, draft={1: 0.1})
-    CostTable(**good)
-    with pytest.raises(ValueError, match="cost table"):
-        CostTable(**{**good, **bad})
+    StepCostModel(**good)
+    with pytest.raises(ValueError, match="step cost model"):
+        StepCostModel(**{**good, **bad})
 
 
 def test_corrections_are_medians_and_ignore_outliers() -> None:
-    cost = SeenCost(TABLE)
+    cost = SeenCost(MODEL)
     plain = cost.base(16, 4, 3, 0.0)
     for ratio in (1.5, 1.5, 40.0, 1.5, 1.5, 0.01):
         cost.observe(4, 3, plain, ratio * plain)
@@ -67,7 +67,7 @@ def test_corrections_are_medians_and_ignore_outliers() -> None:
 
 
 def test_old_corrections_are_forgotten_and_new_ones_follow_the_machine() -> None:
-    cost = SeenCost(TABLE, max_age=50)
+    cost = SeenCost(MODEL, max_age=50)
     for _ in range(20):
         cost.observe(1, 1, 1.0, 2.0)
     for _ in range(60):
@@ -79,7 +79,7 @@ def test_old_corrections_are_forgotten_and_new_ones_follow_the_machine() -> None
 
 
 def test_a_machine_that_slows_down_does_not_change_the_order_of_shapes() -> None:
-    cost = SeenCost(TABLE)
+    cost = SeenCost(MODEL)
     for drafts, ratio in ((0, 1.0), (2, 1.2)):
         for _ in range(40):
             cost.observe(4, drafts, 1.0, ratio)
@@ -90,10 +90,10 @@ def test_a_machine_that_slows_down_does_not_change_the_order_of_shapes() -> None
 
 
 def test_saved_corrections_come_back() -> None:
-    cost = SeenCost(TABLE)
+    cost = SeenCost(MODEL)
     for _ in range(3):
         cost.observe(4, 3, 1.0, 1.5)
-    again = SeenCost(TABLE)
+    again = SeenCost(MODEL)
     again.from_json(json.loads(json.dumps(cost.to_json())))
     assert again.known(4, 3) and again.correction(4, 3) == pytest.approx(1.5)
 

@@ -10,22 +10,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_eagle3.policy.acceptance import Acceptance, allocate, expected_tokens
-from vllm_eagle3.policy.cost import CostTable, SeenCost
+from vllm_eagle3.policy.cost import SeenCost, StepCostModel
 from vllm_eagle3.policy.policy import NOTHING, Policy, Shape, chains
 
 K_MAX = 7
 TABLES = {  # seconds, of the kind seen on two CPU cores, on a large GPU, and where tokens are never free
-    "cpu": CostTable(
+    "cpu": StepCostModel(
         {0: {1: 0.020, 16: 0.026, 64: 0.060, 256: 0.21}},
         {1: 0.0015, 64: 0.003, 256: 0.01},
         {1: 0.0012, 64: 0.002},
     ),
-    "gpu": CostTable(
+    "gpu": StepCostModel(
         {0: {1: 0.006, 128: 0.0066, 256: 0.008, 512: 0.013, 1024: 0.025}},
         {1: 0.0003, 512: 0.0008},
         {1: 0.0003, 256: 0.0004},
     ),
-    "bad": CostTable(
+    "bad": StepCostModel(
         {0: {1: 0.020, 16: 0.06, 64: 0.2, 256: 0.8}}, {1: 0.003, 64: 0.006, 256: 0.01}, {1: 0.004, 64: 0.008}
     ),
 }
@@ -50,7 +50,7 @@ class Run:
 
 def simulate(
     policy: Policy,
-    table: CostTable,
+    table: StepCostModel,
     batch: int,
     curve: list[float],
     steps: int,
@@ -86,15 +86,23 @@ def simulate(
     return run
 
 
-def best_fixed(table: CostTable, batch: int, curve: list[float]) -> float:
+def best_fixed(table: StepCostModel, batch: int, curve: list[float]) -> float:
     """Tokens a second of the best fixed K."""
     return max(
         batch * expected_tokens(curve, k) / table.step(batch * (k + 1), batch, k) for k in range(K_MAX + 1)
     )
 
 
-def new_policy(table: CostTable) -> Policy:
+def new_policy(table: StepCostModel) -> Policy:
+    """Of an engine that starts without a cost file."""
     return Policy(SeenCost(table), chains(range(1, K_MAX + 1)))
+
+
+def informed_policy(table: StepCostModel) -> Policy:
+    """Of an engine that starts with a cost file which confirms the model everywhere."""
+    policy = new_policy(table)
+    policy.cost.from_json({f"{batch},{k}": 1.0 for batch in range(8) for k in range(K_MAX + 1)})
+    return policy
 
 
 @pytest.mark.parametrize("batch", [1, 4, 16, 56])
@@ -104,7 +112,12 @@ def test_regret_of_the_first_200_steps(table: str, curve: str, batch: int) -> No
     regrets = []
     for seed in range(8 if batch <= 4 else 2):
         run = simulate(
-            new_policy(TABLES[table]), TABLES[table], batch, CURVES[curve], 200, np.random.default_rng(seed)
+            informed_policy(TABLES[table]),
+            TABLES[table],
+            batch,
+            CURVES[curve],
+            200,
+            np.random.default_rng(seed),
         )
         regrets.append(1 - run.tokens / run.seconds / best_fixed(TABLES[table], batch, CURVES[curve]))
     assert np.mean(regrets) <= 0.03, regrets
@@ -118,7 +131,7 @@ def test_regret_of_the_first_200_steps(table: str, curve: str, batch: int) -> No
 def test_regret_when_acceptance_jumps(table: str, change: tuple[str, str], batch: int) -> None:
     regrets = []
     for seed in range(6 if batch <= 4 else 2):
-        policy, rng, lengths = new_policy(TABLES[table]), np.random.default_rng(seed), [0] * batch
+        policy, rng, lengths = informed_policy(TABLES[table]), np.random.default_rng(seed), [0] * batch
         halves = [simulate(policy, TABLES[table], batch, CURVES[c], 400, rng, lengths) for c in change]
         best = sum(
             h.seconds * best_fixed(TABLES[table], batch, CURVES[c])
@@ -129,9 +142,9 @@ def test_regret_when_acceptance_jumps(table: str, change: tuple[str, str], batch
 
 
 @pytest.mark.parametrize("batch", [1, 4, 16, 56])
-def test_a_wrong_table_is_corrected_by_what_is_seen(batch: int) -> None:
+def test_a_wrong_model_is_corrected_by_what_is_seen(batch: int) -> None:
     true = TABLES["cpu"]
-    wrong = CostTable({0: {1: 0.010, 256: 0.011}}, true.sync, true.draft)  # says that tokens are free
+    wrong = StepCostModel({0: {1: 0.010, 256: 0.011}}, true.sync, true.draft)  # says that tokens are free
     policy, rng = new_policy(wrong), np.random.default_rng(0)
     lengths = [0] * batch
     simulate(policy, true, batch, CURVES["published"], 300, rng, lengths)
@@ -140,8 +153,8 @@ def test_a_wrong_table_is_corrected_by_what_is_seen(batch: int) -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 4, 16, 56])
-def test_without_a_table_it_measures_as_it_serves(batch: int) -> None:
-    policy, rng, lengths = new_policy(CostTable.guess()), np.random.default_rng(0), [0] * batch
+def test_without_a_cost_file_it_measures_while_it_serves(batch: int) -> None:
+    policy, rng, lengths = new_policy(StepCostModel.guess()), np.random.default_rng(0), [0] * batch
     simulate(policy, TABLES["cpu"], batch, CURVES["published"], 100, rng, lengths)
     later = simulate(policy, TABLES["cpu"], batch, CURVES["published"], 300, rng, lengths)
     assert later.tokens / later.seconds >= 0.96 * best_fixed(TABLES["cpu"], batch, CURVES["published"])
@@ -150,7 +163,7 @@ def test_without_a_table_it_measures_as_it_serves(batch: int) -> None:
 def test_chains_that_stop_early_are_worth_what_they_get() -> None:
     """Half of the drafts are sure to hold and the chain goes on, half rarely do and it stops after them."""
     table, rng = TABLES["cpu"], np.random.default_rng(0)
-    policy, verified = new_policy(CostTable.guess()), 0
+    policy, verified = new_policy(StepCostModel.guess()), 0
     accepted = 0
 
     def draft(most: int) -> tuple[int, int]:
@@ -188,7 +201,7 @@ def test_chains_that_stop_early_are_worth_what_they_get() -> None:
 @pytest.mark.parametrize("table", TABLES)
 @pytest.mark.parametrize("batch", [1, 16, 56])
 def test_zero_acceptance_leads_to_no_drafts_and_probes_cost_one_percent(table: str, batch: int) -> None:
-    policy, rng, lengths = new_policy(TABLES[table]), np.random.default_rng(1), [0] * batch
+    policy, rng, lengths = informed_policy(TABLES[table]), np.random.default_rng(1), [0] * batch
     simulate(policy, TABLES[table], batch, CURVES["zero"], 200, rng, lengths)
     run = simulate(policy, TABLES[table], batch, CURVES["zero"], 2000, rng, lengths)
     assert policy.current == NOTHING and policy.best(batch) == NOTHING
@@ -202,31 +215,33 @@ seconds_ = st.floats(1e-4, 1.0)
 
 
 @st.composite
-def tables(draw: st.DrawFn) -> CostTable:
+def tables(draw: st.DrawFn) -> StepCostModel:
     """Any cost that grows with tokens and rows, convex or not."""
 
     def curve(sizes: list[int]) -> dict[int, float]:
         return dict(zip(sizes, np.cumsum([draw(seconds_) for _ in sizes]).tolist(), strict=True))
 
-    return CostTable({0: curve([1, 8, 64, 512])}, curve([1, 512]), curve([1, 64]), overhead=draw(seconds_))
+    return StepCostModel(
+        {0: curve([1, 8, 64, 512])}, curve([1, 512]), curve([1, 64]), overhead=draw(seconds_)
+    )
 
 
-def with_rates(table: CostTable, rates: list[float]) -> Policy:
-    policy = new_policy(table)
+def with_rates(table: StepCostModel, rates: list[float]) -> Policy:
+    policy = informed_policy(table)
     policy.acceptance[0].rates = lambda like=(): rates  # type: ignore[method-assign]
     return policy
 
 
 @settings(max_examples=150, deadline=None)
 @given(tables(), rates_, st.integers(1, 300), st.integers(0, 200))
-def test_more_load_never_drafts_more(table: CostTable, rates: list[float], batch: int, more: int) -> None:
+def test_more_load_never_drafts_more(table: StepCostModel, rates: list[float], batch: int, more: int) -> None:
     policy = with_rates(table, rates)
     assert policy.best(batch + more).nodes <= policy.best(batch).nodes
 
 
 @settings(max_examples=100, deadline=None)
 @given(tables(), rates_)
-def test_the_best_chain_of_one_request_is_the_fastest(table: CostTable, rates: list[float]) -> None:
+def test_the_best_chain_of_one_request_is_the_fastest(table: StepCostModel, rates: list[float]) -> None:
     speeds = [expected_tokens(rates, k) / table.step(k + 1, 1, k) for k in range(K_MAX + 1)]
     best = with_rates(table, rates).best(1).nodes
     assert speeds[best] >= (1 - Policy.TIE) * max(speeds) * (1 - 1e-9)
@@ -242,7 +257,7 @@ def test_the_best_chain_of_one_request_is_the_fastest(table: CostTable, rates: l
     st.randoms(),
 )
 def test_never_outside_the_envelope(
-    table: CostTable, lengths: set[int], batch: int, events: list[tuple[int, float]], random: object
+    table: StepCostModel, lengths: set[int], batch: int, events: list[tuple[int, float]], random: object
 ) -> None:
     shapes = chains(lengths)
     policy = Policy(SeenCost(table), shapes)
@@ -273,7 +288,7 @@ def test_allocate_is_the_best_of_all_budgets(requests: int, depth: int, data: st
 
 
 def test_the_budget_goes_to_the_requests_most_likely_to_accept() -> None:
-    policy = new_policy(CostTable({0: {1: 0.01, 64: 0.05}}, {1: 0.0001}, {1: 0.0001}))
+    policy = new_policy(StepCostModel({0: {1: 0.01, 64: 0.05}}, {1: 0.0001}, {1: 0.0001}))
     for _ in range(30):
         policy.observe_accepted({"easy": (4, 4), "hard": (4, 0)})
     easy, hard = policy.lengths(["easy", "hard"], Shape(4, 4))
@@ -284,13 +299,13 @@ def test_the_budget_goes_to_the_requests_most_likely_to_accept() -> None:
 
 def test_the_budget_knows_which_drafts_were_made() -> None:
     """Long chains are there because their drafts are good; the share of chains that go so far says so."""
-    policy, shape = new_policy(TABLES["cpu"]), Shape(5, 5)
+    policy, shape = informed_policy(TABLES["cpu"]), Shape(5, 5)
     for _ in range(100):  # two of four stop after one draft that fails, two go on, and hold
         policy.observe_lengths(shape, [5, 5, 1, 1])
         policy.observe_accepted({"a": (5, 4), "b": (5, 5), "c": (5, 0), "d": (5, 0)})
     policy.requests.clear()
     assert policy.lengths(list("abcd"), shape, drafted=[5, 1, 5, 1]) == [5, 1, 5, 1]
-    bad = new_policy(TABLES["bad"])
+    bad = informed_policy(TABLES["bad"])
     for _ in range(100):
         bad.observe_accepted({"a": (5, 1), "b": (5, 0)})
     assert sum(bad.lengths(["a", "b"], shape, drafted=[5, 3])) < 8, "but what does not hold is cut"

@@ -10,6 +10,7 @@ from closed_form import expected_accepted, greedy_text
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from vllm_eagle3.config import cache_folder
 from vllm_eagle3.evaluation import demo_models
 from vllm_eagle3.reference.config import PlainDraftConfig
 from vllm_eagle3.reference.decode import Proposer, Tree, chain, decode, eagle2_tree
@@ -212,7 +213,7 @@ def test_closed_form_acceptance(closed_form_target: Path, closed_form_draft: Pat
 
 def test_real_draft(tmp_path: Path) -> None:
     """The embedded pair in float32: chain and tree give the target's greedy text, and drafts are accepted."""
-    folder = demo_models.cache_folder() / demo_models.TARGET_NAME
+    folder = cache_folder() / demo_models.TARGET_NAME
     if not (folder / "config.json").is_file():
         pytest.skip("the embedded target is not in the cache yet (`make demo` puts it there)")
     try:

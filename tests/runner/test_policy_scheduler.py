@@ -17,7 +17,7 @@ from vllm.config import CUDAGraphMode
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 
 from vllm_eagle3.config import Eagle3Options
-from vllm_eagle3.policy.cost import CostTable, SeenCost
+from vllm_eagle3.policy.cost import SeenCost, StepCostModel
 from vllm_eagle3.policy.cost_file import CostFile, CostKey
 from vllm_eagle3.policy.policy import NOTHING, Policy, Shape, chains
 from vllm_eagle3.runner import chain, policy_install, policy_scheduler
@@ -119,7 +119,7 @@ def test_up_to_the_longest_sequence(engine, tmp_path, drafts):
 
 def test_asynchronous_scheduling_learns_at_once(monkeypatch):
     sched = object.__new__(policy_scheduler.AsyncPolicyScheduler)
-    sched.draft_policy = Policy(SeenCost(CostTable.guess()), chains([1, 2]))
+    sched.draft_policy = Policy(SeenCost(StepCostModel.guess()), chains([1, 2]))
     sched._cost_file = CostFile(CostKey("target", "draft", "cpu", "test"))
     sched.scheduler_config = SimpleNamespace(async_scheduling=True)
     sched.running = [SimpleNamespace(num_computed_tokens=9)]
@@ -207,7 +207,7 @@ def test_a_failed_save_still_shuts_the_scheduler_down(monkeypatch, tmp_path):
     monkeypatch.setattr(policy_scheduler.Scheduler, "shutdown", lambda self: calls.append(self))
     (tmp_path / "file").write_text("")
     sched._cost_file = CostFile(CostKey("target", "draft", "cpu", "test"), tmp_path / "file" / "cost")
-    sched.draft_policy = Policy(SeenCost(CostTable.guess()), chains([1]))
+    sched.draft_policy = Policy(SeenCost(StepCostModel.guess()), chains([1]))
     sched.shutdown()
     assert calls == [sched]
 

