@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from vllm_eagle3.policy.acceptance import Acceptance, allocate, expected_tokens
 from vllm_eagle3.policy.cost import SeenCost, StepCostModel
-from vllm_eagle3.policy.policy import NOTHING, Policy, Shape, chains
+from vllm_eagle3.policy.policy import Policy
+from vllm_eagle3.policy.shape import NOTHING, Shape, chains
 
 K_MAX = 7
 TABLES = {  # seconds, of the kind seen on two CPU cores, on a large GPU, and where tokens are never free

@@ -19,7 +19,8 @@ from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 from vllm_eagle3.config import Eagle3Options
 from vllm_eagle3.policy.cost import SeenCost, StepCostModel
 from vllm_eagle3.policy.cost_file import CostFile, CostKey
-from vllm_eagle3.policy.policy import NOTHING, Policy, Shape, chains
+from vllm_eagle3.policy.policy import Policy
+from vllm_eagle3.policy.shape import NOTHING, Shape, chains
 from vllm_eagle3.runner import chain, policy_install, policy_scheduler
 
 GREEDY = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True, detokenize=False)
@@ -123,7 +124,7 @@ def test_asynchronous_scheduling_learns_at_once(monkeypatch):
     sched._cost_file = CostFile(CostKey("target", "draft", "cpu", "test"))
     sched.scheduler_config = SimpleNamespace(async_scheduling=True)
     sched.running = [SimpleNamespace(num_computed_tokens=9)]
-    sched._drafted, sched._untaught, sched._last_update = {}, None, 0.0
+    sched._drafted, sched._unlearned, sched._last_update = {}, None, 0.0
     monkeypatch.setattr(policy_scheduler.AsyncScheduler, "update_from_output", lambda *_: {})
     step = SimpleNamespace(
         num_invalid_spec_tokens=None,

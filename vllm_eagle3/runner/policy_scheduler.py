@@ -1,8 +1,8 @@
-"""The cost policy inside vLLM: a scheduler class that asks it for the number of drafts of every step.
+"""vLLM's scheduler with the cost policy, which chooses the number of drafts of every step.
 
-vLLM's scheduler looks the number of drafts up by batch size (`dynamic_sd_lookup`) and sends it to the workers
-with the step. Here that lookup is the policy. Acceptance and step times are seen in the same process, in
-`update_from_output`, so no statistics travel. See docs/policy.md.
+vLLM's scheduler looks the number of drafts up by batch size (`dynamic_sd_lookup`), and sends it to the workers with the
+step. Here an object that asks the policy stands in for that table. The same process sees acceptance and step times, in
+`update_from_output`, so that no statistics have to be sent. See docs/policy.md.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from vllm_eagle3.config import Eagle3Options
 from vllm_eagle3.policy.cost_file import CostFile, CostKey
-from vllm_eagle3.policy.policy import NOTHING, Policy, Shape, chains
+from vllm_eagle3.policy.policy import Policy
+from vllm_eagle3.policy.shape import NOTHING, Shape, chains
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def build_scheduler(vllm_config: VllmConfig, **kwargs: Any) -> Scheduler:
-    """vLLM's scheduler, asynchronous where configured, with the policy; a value of `scheduler_cls`."""
+    """The scheduler of an engine with the policy, asynchronous where configured. A value of `scheduler_cls`."""
     cls = AsyncPolicyScheduler if vllm_config.scheduler_config.async_scheduling else PolicyScheduler
     return cls(vllm_config=vllm_config, **kwargs)
 
@@ -49,7 +50,7 @@ def build_policy(vllm_config: VllmConfig) -> tuple[Policy, CostFile]:
 
 
 def cost_key(vllm_config: VllmConfig) -> CostKey:
-    """What a cost table of this engine depends on."""
+    """What the step times of this engine depend on."""
     model, spec = vllm_config.model_config, vllm_config.speculative_config
     assert spec is not None and spec.draft_model_config is not None
     device = vllm_config.device_config.device_type
@@ -73,7 +74,7 @@ def cost_key(vllm_config: VllmConfig) -> CostKey:
 
 
 class _Lookup:
-    """Stands where vLLM keeps its table of drafts by batch size."""
+    """Stands in for vLLM's table of drafts by batch size, and asks the policy."""
 
     def __init__(self, scheduler: PolicyMixin) -> None:
         self.scheduler = scheduler
@@ -83,65 +84,67 @@ class _Lookup:
 
 
 class PolicyMixin(Scheduler):
-    """What the policy adds to either scheduler."""
+    """What the policy adds to each of vLLM's two schedulers."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.draft_policy, self._cost_file = build_policy(self.vllm_config)
         self._shape = NOTHING
-        # Of each request: drafts to verify, and how many it was told to make.
+        # Of each request: drafts that it will verify, and drafts that were scheduled for it.
         self._drafted: dict[str, tuple[int, int]] = {}
-        # What was seen of a step, until its drafts are in.
-        self._untaught: tuple[int, Shape, float, float, float] | None = None
-        self._last_update: float | None = None  # None: the engine was idle since
-        # Requests that verify different numbers of drafts don't fit the full graphs of uniform batches.
+        # Of the last step: batch, shape, context, seconds, drafts verified a request. The policy learns from it when
+        # the number of drafts that the step made is known.
+        self._unlearned: tuple[int, Shape, float, float, float] | None = None
+        self._last_update: float | None = None  # None if the engine has been idle since
+        # A step whose requests verify different numbers of drafts cannot use full graphs, which hold uniform batches.
         self._ragged = not self.vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
         self.dynamic_sd_lookup = _Lookup(self)  # type: ignore[assignment]
 
     def choose(self, batch: int) -> int:
-        """Drafts a request in the step being scheduled; called by `schedule` in place of vLLM's table."""
+        """Drafts a request in the step that is being scheduled. `schedule` calls this in place of vLLM's table."""
         self._shape = self.draft_policy.choose(batch, self._context())
         return self._shape.nodes
 
     def _context(self) -> float:
         return sum(r.num_computed_tokens for r in self.running) / max(len(self.running), 1)
 
-    def _cut(self, requests: list[str], made: list[int]) -> dict[str, int]:
-        """How many of the drafts of this step each request will verify, where not all of those `made`."""
+    def _cut(self, requests: list[str], drafted: list[int]) -> dict[str, int]:
+        """Drafts of this step to verify, for the requests that will not verify all of those `drafted`."""
         if not requests or not (self._ragged or self.draft_policy.probing) or self._shape == NOTHING:
-            return {}  # a step without requests comes when asynchronous scheduling runs out of them
-        lengths = self.draft_policy.lengths(requests, self._shape, self._context(), made)
-        return {r: k for r, k, n in zip(requests, lengths, made, strict=True) if k < n}
+            return {}  # asynchronous scheduling makes a step without requests when it runs out of them
+        lengths = self.draft_policy.lengths(requests, self._shape, self._context(), drafted)
+        return {r: k for r, k, n in zip(requests, lengths, drafted, strict=True) if k < n}
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
-        """Synchronous scheduling: keep of each request's drafts what is worth verifying."""
+        """Synchronous scheduling: keep those drafts of each request that are worth verifying."""
         requests, drafts = draft_token_ids.req_ids, draft_token_ids.draft_token_ids
-        told, made = self._shape.nodes, [len(ids) for ids in drafts]
-        if max(made, default=0) > told:  # no drafts, but the zeros that vLLM makes near the longest sequence
-            made = [0] * len(requests)
-        elif self._untaught is not None:
-            self._teach(made)
-        cut = self._cut(requests, made)
-        for request, ids, length in zip(requests, drafts, made, strict=True):
+        scheduled, drafted = self._shape.nodes, [len(ids) for ids in drafts]
+        if max(drafted, default=0) > scheduled:
+            # Near the longest sequence vLLM sends zeros that are no drafts.
+            drafted = [0] * len(requests)
+        elif self._unlearned is not None:
+            self._learn(drafted)
+        cut = self._cut(requests, drafted)
+        for request, ids, length in zip(requests, drafts, drafted, strict=True):
             kept = cut.get(request, length)
             del ids[kept:]
-            self._drafted[request] = (kept, kept if request in cut else told)
+            self._drafted[request] = (kept, kept if request in cut else scheduled)
         super().update_draft_token_ids(draft_token_ids)
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, Any]:
         """Learn from the step, then let vLLM handle it."""
-        now, self._untaught = time.perf_counter(), None
+        now, self._unlearned = time.perf_counter(), None
         self._observe_acceptance(scheduler_output, model_runner_output)
         if self._last_update is not None:
             self._observe_seconds(scheduler_output, now - self._last_update)
         for request in scheduler_output.finished_req_ids:
             self.draft_policy.forget(request)
             self._drafted.pop(request, None)
-        if self.scheduler_config.async_scheduling and self._untaught is not None:
+        if self.scheduler_config.async_scheduling and self._unlearned is not None:
             batch = len(scheduler_output.num_scheduled_tokens)
-            self._teach([scheduler_output.num_spec_tokens_to_schedule] * batch)
+            self._learn([scheduler_output.num_spec_tokens_to_schedule] * batch)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         self._last_update = now if self.running else None
         self._cost_file.save_when_due(self.draft_policy.cost, idle=not self.running)
@@ -157,13 +160,13 @@ class PolicyMixin(Scheduler):
             )
             if len(sampled):
                 verified = len(drafts) - invalid.get(request, 0)
-                made, told = self._drafted.get(request, (verified, verified))
-                # A chain that stopped early: what was not drafted was not accepted.
-                results[request] = (told if verified == made else verified, len(sampled) - 1)
+                expected, scheduled = self._drafted.get(request, (verified, verified))
+                # Where a chain stopped early, the drafts that were not made count as not accepted.
+                results[request] = (scheduled if verified == expected else verified, len(sampled) - 1)
         self.draft_policy.observe_accepted(results)
 
     def _observe_seconds(self, step: SchedulerOutput, seconds: float) -> None:
-        """Steps count that only decode and were told to verify as many drafts, of every request, as to make."""
+        """Keep the time of a pure decode step whose drafted and verified counts match for every request."""
         drafts = step.num_spec_tokens_to_schedule
         tokens = step.num_scheduled_tokens
         if step.scheduled_new_reqs or not tokens:
@@ -175,18 +178,18 @@ class PolicyMixin(Scheduler):
         ):
             shape = self.draft_policy.by_nodes[drafts]
             verified = sum(tokens.values()) / len(tokens) - 1
-            self._untaught = (len(tokens), shape, self._context(), seconds, verified)
+            self._unlearned = (len(tokens), shape, self._context(), seconds, verified)
 
-    def _teach(self, lengths: list[int]) -> None:
-        """Tell the policy of the last step, now that it is known how many drafts it made for each request."""
-        assert self._untaught is not None
-        shape = self._untaught[1]
+    def _learn(self, lengths: list[int]) -> None:
+        """Pass the last step to the policy, now that the number of drafts it made for each request is known."""
+        assert self._unlearned is not None
+        shape = self._unlearned[1]
         self.draft_policy.observe_lengths(shape, lengths)
-        self.draft_policy.observe_seconds(*self._untaught, min(max(lengths), shape.depth))
-        self._untaught = None
+        self.draft_policy.observe_seconds(*self._unlearned, min(max(lengths), shape.depth))
+        self._unlearned = None
 
     def shutdown(self) -> None:
-        """Keep what was learned about cost for the next start."""
+        """Keep what was learned about step times for the next start."""
         self._cost_file.save(self.draft_policy.cost)
         super().shutdown()
 
@@ -196,7 +199,7 @@ class PolicyScheduler(PolicyMixin):
 
 
 class AsyncPolicyScheduler(PolicyMixin, AsyncScheduler):
-    """vLLM's asynchronous scheduler with the policy: drafts are placeholders, cut before they are known."""
+    """vLLM's asynchronous scheduler with the policy. Drafts are placeholders, which are cut before they are known."""
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         super()._update_after_schedule(scheduler_output)
