@@ -58,7 +58,8 @@ def _runner() -> str:
 
 
 def _ledger() -> int:
-    from vllm_eagle3.runner.ledger import CALLED, PATCHES, install
+    from vllm_eagle3.runner.calls import CALLED
+    from vllm_eagle3.runner.ledger import PATCHES, install
     from vllm_eagle3.runner.overrides import SUBCLASSES
 
     install()

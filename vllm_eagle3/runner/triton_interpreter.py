@@ -14,7 +14,7 @@ from typing import Any
 
 from vllm_eagle3.runner.hooks import vllm_metadata
 from vllm_eagle3.runner.hooks.after_import import after_import
-from vllm_eagle3.runner.ledger import INTERPRETER_CHANGES
+from vllm_eagle3.runner.interpreter_changes import INTERPRETER_CHANGES
 
 ENV = "EAGLE3_INTERPRET"
 NEG_INF = float("-inf")
