@@ -83,14 +83,17 @@ template <class T>
 static void take_scores(State<T>& state, int row, uint64_t visible, int vectors, float scale, float softcap) {
   float* scores = state.scores.data() + (size_t)row * CHUNK;
   Operand<T>* weights = state.weights.data() + (size_t)row * CHUNK;
+  const bool all = vectors * WIDTH == CHUNK && visible == ~0ull;
   vint lane;
   for (int i = 0; i < WIDTH; ++i) lane[i] = i;
   vfloat most = splat(NONE);
   for (int v = 0; v < vectors; ++v) {
     vfloat s = load(scores + v * WIDTH) * scale;
     if (softcap > 0.0f) s = capped(s, softcap);
-    vint seen = ((vint{} + (int32_t)((visible >> (v * WIDTH)) & ((1u << WIDTH) - 1))) >> lane) & 1;
-    s = seen != 0 ? s : splat(NONE);
+    if (!all) {
+      vint seen = ((vint{} + (int32_t)((visible >> (v * WIDTH)) & ((1u << WIDTH) - 1))) >> lane) & 1;
+      s = seen != 0 ? s : splat(NONE);
+    }
     store(scores + v * WIDTH, s);
     most = vmax(most, s);
   }
@@ -112,9 +115,10 @@ static void take_scores(State<T>& state, int row, uint64_t visible, int vectors,
   state.total[row] += reduce_sum(sum);
 }
 
-// All rows over the keys [first, last) of the cache. visible(row, key) gives a word: bit j for key + j.
+// All rows over the keys [first, last) of the cache. visible(row, key) gives a word: bit j for key + j. It is asked
+// once for `group` rows, the heads of one token.
 template <class T, class Visible>
-static void attend(State<T>& state, const Cache<T>& cache, int first, int last, float scale, float softcap,
+static void attend(State<T>& state, const Cache<T>& cache, int first, int last, int group, float scale, float softcap,
                    Visible visible) {
   for (int key = first / GROUP * GROUP; key < last;) {
     const int in_block = key % cache.block_size;
@@ -125,8 +129,10 @@ static void attend(State<T>& state, const Cache<T>& cache, int first, int last, 
     const uint64_t exist = count == 64 ? ~0ull : (1ull << count) - 1;
     auto keys = chunk_keys(cache, block, in_block, groups, state.keys.data());
     gemm(state.query.data(), state.dim, keys, state.rows, groups, state.dim, state.scores.data(), CHUNK, false);
-    for (int row = 0; row < state.rows; ++row)
-      take_scores(state, row, visible(row, key) & exist, groups * VECTORS, scale, softcap);
+    for (int row = 0; row < state.rows; row += group) {
+      const uint64_t word = visible(row, key) & exist;
+      for (int g = 0; g < group; ++g) take_scores(state, row + g, word, groups * VECTORS, scale, softcap);
+    }
     auto values = chunk_values(cache, block, in_block, count, state.values.data());
     constexpr bool pairs = std::is_same_v<Operand<T>, bf16>;
     gemm(state.weights.data(), CHUNK, values, state.rows, state.dim / GROUP, pairs ? (count + 1) / 2 * 2 : count,

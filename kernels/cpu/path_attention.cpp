@@ -69,7 +69,7 @@ void run_item(const Arguments& a, int request, int kv_head, State<T>& state) {
   const int first = a.window ? std::max(prefix + a.length - a.window, 0) : 0;  // a node stands at prefix - 1 + length
   const Cache<T> cache{(const T*)a.cache + kv_head * a.head_stride, a.table + request * a.table_stride, a.block_stride,
                        a.block_size, a.dim, (Layout)a.layout, a.key_offsets, a.value_offsets};
-  attend(state, cache, first, prefix, a.scale, 0.0f,
+  attend(state, cache, first, prefix, group, a.scale, 0.0f,
          [&](int, int64_t key) { return key >= first ? ~0ull : ~0ull << (first - key); });
   for (int n = 0; n < a.nodes; ++n)
     for (int g = 0; g < group; ++g)

@@ -110,12 +110,11 @@ static inline float reduce_sum(vfloat v) {
   return sum;
 }
 
-// exp of x <= 88 to 2 units in the last place; 0 below -87.
+// exp of x <= 88 to 2 units in the last place; 0 below -104 (below -87 where the CPU has no AVX-512).
 static inline vfloat vexp(vfloat x) {
   const vfloat magic = splat(12582912.0f);  // adding it rounds to an integer
-  vfloat clamped = vmax(x, splat(-87.0f));
-  vfloat rounded = clamped * 1.44269504f + magic;
-  vfloat n = rounded - magic;
+  vfloat clamped = vmax(splat(-105.0f), x);  // in this order NaN stays NaN
+  vfloat n = clamped * 1.44269504f + magic - magic;
   vfloat r = clamped - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
   vfloat p = splat(1.9875691500e-4f);
@@ -125,7 +124,10 @@ static inline vfloat vexp(vfloat x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
   vint power = (__builtin_convertvector(n, vint) + 127) << 23;
-  vfloat value = p * (vfloat)power;
-  return x < -87.0f ? vfloat{} : value;
+  return x < -87.0f ? vfloat{} : p * (vfloat)power;
+#endif
 }

@@ -71,7 +71,7 @@ void run_item(const Arguments& a, const Item& item, State<T>& state) {
     const uint64_t bits = (uint64_t)a.bits[token] << 1 >> 1;
     return between(low - key, root - key) | shifted(bits, root - key);
   };
-  attend(state, cache, (int)first, (int)last, a.scale, a.softcap, visible);
+  attend(state, cache, (int)first, (int)last, group, a.scale, a.softcap, visible);
   for (int i = 0; i < rows; ++i)
     for (int g = 0; g < group; ++g)
       finish(state, i * group + g,

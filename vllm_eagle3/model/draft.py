@@ -16,6 +16,7 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.models.llama_eagle3 import Eagle3LlamaForCausalLM
 from vllm.model_executor.models.qwen3_eagle3 import Eagle3Qwen3ForCausalLM
+from vllm.platforms import current_platform
 
 from vllm_eagle3.checkpoint import canonical_tensors, refuse_unreadable
 from vllm_eagle3.checkpoint.target_head import target_head_rows
@@ -60,6 +61,8 @@ class _DraftMixin(nn.Module):
             ids = tensors["d2t"].cpu() + torch.arange(self.draft_config.draft_vocab_size, device="cpu")
             tensors["lm_head.weight"] = target_head_rows(self.target, ids, self.target_revision)
         super().load_weights(tensors.items())  # type: ignore[misc]  # the base class comes second
+        if current_platform.is_cpu():
+            cpu.native()  # compiles now what the first step would have to wait for
         offsets = self.draft_id_to_target_id
         if offsets is not None:
             self.draft_to_target = torch.arange(len(offsets), device=offsets.device) + offsets.data
@@ -111,8 +114,8 @@ class _DraftMixin(nn.Module):
 
     def get_confident_tokens(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`get_top_tokens`, and the draft's probability of each [n], for normed outputs [n, h]."""
-        confidence, ids = self.draft_logits(hidden_states).log_softmax(dim=-1).max(dim=-1)
-        return ids if self.draft_to_target is None else self.draft_to_target[ids], confidence.float().exp()
+        log_probs, ids = self.top_children(hidden_states, 1)
+        return ids[:, 0], log_probs[:, 0].exp()
 
     def top_children(self, hidden_states: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The k likeliest tokens [n, k] for normed outputs [n, h]: log-probabilities (fp32) and target ids."""

@@ -178,6 +178,17 @@ def test_one_layer_of_a_cache_of_several(backend):
     torch.testing.assert_close(batch.run(backend).double(), expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("what", ["keys", "values"])
+def test_a_broken_key_is_not_hidden(backend, what):
+    """NaN in the first token's key or value: every row of that request, and no other, is NaN."""
+    batch = Batch([40, 70], 5, 1, 2)
+    element = getattr(batch.layout, what)[0].long()
+    batch.cache[batch.table[0, 0]].flatten(1)[0, element] = float("nan")
+    out = batch.run(backend)
+    assert out[:5].isnan().any(-1).all() and not out[5:].isnan().any()
+
+
 def test_what_does_not_fit_is_refused():
     batch = Batch([5, 7], 4, 2, 1)
     batch.bits = batch.bits.int()
