@@ -1,5 +1,8 @@
-"""Runs a function of vLLM twice, with its Triton kernels interpreted and with their CPU forms, and compares all that
-they write: integers bit for bit, floats to rounding. Memory that neither writes is poisoned, alike in both runs."""
+"""Runs a function of vLLM twice, with its Triton kernels interpreted and with their CPU forms.
+
+All that they write is compared: integers bit for bit, floats to rounding. Memory that neither writes is poisoned,
+alike in both runs.
+"""
 
 import copy
 import sys

@@ -14,8 +14,10 @@ SYSTEM_ROLES = {"system", "developer"}
 
 @dataclass(frozen=True)
 class Prompt:
-    """One conversation: the user's turns, and the system prompt ("" for none). `source` is the data set or task the
-    row names."""
+    """One conversation: the user's turns, and the system prompt ("" for none).
+
+    `source` is the data set or task that the row names.
+    """
 
     id: str
     source: str
@@ -46,8 +48,10 @@ def prompt_id(source: str, turns: tuple[str, ...]) -> str:
 
 
 def user_turns(row: dict[str, Any]) -> tuple[str, ...]:
-    """The user's turns of `row`: `turns`, ShareGPT `conversations` ({"from", "value"}), chat `messages`
-    ({"role", "content"}), `prompt`, or `instruction` with an optional `input`.
+    """The user's turns of a row.
+
+    A row has `turns`, ShareGPT `conversations` ({"from", "value"}), chat `messages` ({"role", "content"}), `prompt`, or
+    `instruction` with an optional `input`.
 
     Raises:
         ValueError: the row has none of these, or no user turn that is a non-empty string.

@@ -62,7 +62,7 @@ def _library() -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     library = folder / f"kernels-{identity.hexdigest()[:16]}.so"
     if not library.exists():
-        with open(folder / "lock", "w") as lock:
+        with (folder / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not library.exists():
                 _compile(command, omp, library)
@@ -80,7 +80,7 @@ def _compile(command: list[str], omp: str | None, library: Path) -> None:
         if done.returncode:
             logger.warning("%s builds no OpenMP program: the native CPU kernels use one thread", command[0])
             subprocess.run(without, capture_output=True, text=True, timeout=TIMEOUT, check=True)
-        os.replace(made, library)
+        made.replace(library)
 
 
 def _loaded_openmp() -> str | None:

@@ -68,7 +68,8 @@ def commit_kv(
         if t.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"{name} must be int32 or int64, found {t.dtype}")
     if choose_backend(backend) == "torch":
-        return commit_kv_torch(table, src_slots, dst_slots)
+        commit_kv_torch(table, src_slots, dst_slots)
+        return
     src, dst = src_slots.long().contiguous(), dst_slots.long().contiguous()
     first, layout = table.caches[0], table.layout
     library = native()

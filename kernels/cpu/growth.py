@@ -79,7 +79,9 @@ class Growth:
     def __init__(
         self, depth: int, topk: int, chain: Tensor, last: Tensor, max_position: int, token_dtype: torch.dtype
     ) -> None:
-        """depth: most levels. chain: bool [batch], requests that keep only the greedy path. last: int64 [batch],
+        """Begin the trees of a batch.
+
+        depth: most levels. chain: bool [batch], requests that keep only the greedy path. last: int64 [batch],
         position of the row that each tree grows from. token_dtype: int32 or int64, of the tokens that levels hand out.
         """
         batch = len(chain)

@@ -72,8 +72,11 @@ def columns(block_size: int, head_dim: int) -> KVLayout:
 
 
 def pairs(block_size: int, head_dim: int) -> KVLayout:
-    """vLLM's `amx`: keys [block_size / 16, head_dim / 2, 16 tokens, 2], then values [head_dim / 16, block_size / 2,
-    16 columns, 2 tokens]."""
+    """vLLM's `amx`.
+
+    Keys [block_size / 16, head_dim / 2, 16 tokens, 2], then values [head_dim / 16, block_size / 2, 16 columns, 2
+    tokens].
+    """
     token, column = _grid(block_size, head_dim)
     keys = token // LANES * LANES * head_dim + column // 2 * 2 * LANES + token % LANES * 2 + column % 2
     values = column // LANES * LANES * block_size + token // 2 * 2 * LANES + column % LANES * 2 + token % 2

@@ -56,8 +56,8 @@ def dense(query, cache, table, lens, keys, values, paths, scale, window=0):
     return out
 
 
-@pytest.mark.parametrize("backend,splits", [("torch", None), ("triton", 1), ("triton", 4)])
-@pytest.mark.parametrize("heads,kv_heads,window", [(4, 4, 0), (6, 2, 0), (6, 2, 7), (34, 2, 0)])
+@pytest.mark.parametrize(("backend", "splits"), [("torch", None), ("triton", 1), ("triton", 4)])
+@pytest.mark.parametrize(("heads", "kv_heads", "window"), [(4, 4, 0), (6, 2, 0), (6, 2, 7), (34, 2, 0)])
 @pytest.mark.parametrize("prefix_lens", [[1, 15, 16, 17], [33, 2, 150, 7]])
 @pytest.mark.parametrize("length", [1, 4])
 def test_against_dense_attention(device, backend, splits, heads, kv_heads, window, prefix_lens, length):
@@ -93,7 +93,7 @@ def test_no_requests(device):
 
 
 @pytest.mark.parametrize(
-    "change,message",
+    ("change", "message"),
     [
         ({1: torch.zeros(3, 2, 16, 12)}, "kv_cache must be"),
         ({4: torch.zeros(1, SLOTS, 4, 8)}, "keys must be"),

@@ -102,10 +102,10 @@ def run(batch, backend, splits=None, **options):
     return tree_attention(*batch, max_query_len=rows, scale=0.35, splits=splits, backend=backend, **options)
 
 
-@pytest.mark.parametrize("backend,splits", [("torch", None), ("triton", 1), ("triton", 3)])
-@pytest.mark.parametrize("heads,kv_heads", [(2, 2), (6, 2), (3, 1)])
+@pytest.mark.parametrize(("backend", "splits"), [("torch", None), ("triton", 1), ("triton", 3)])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (6, 2), (3, 1)])
 @pytest.mark.parametrize(
-    "prefixes,nodes", [([0, 1], 1), ([15, None, 16], 9), ([17, 0, 31, None], 33), ([150], 63)]
+    ("prefixes", "nodes"), [([0, 1], 1), ([15, None, 16], 9), ([17, 0, 31, None], 33), ([150], 63)]
 )
 def test_against_dense_attention(device, backend, splits, heads, kv_heads, prefixes, nodes):
     batch = random_batch(prefixes, nodes, kv_heads, heads, device)
@@ -113,7 +113,7 @@ def test_against_dense_attention(device, backend, splits, heads, kv_heads, prefi
     torch.testing.assert_close(out.double().cpu(), dense(*batch, 0.35), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("backend,splits", [("torch", None), ("triton", 1), ("triton", 2)])
+@pytest.mark.parametrize(("backend", "splits"), [("torch", None), ("triton", 1), ("triton", 2)])
 @pytest.mark.parametrize(
     "options", [{"window": 20}, {"softcap": 3.0}, {"sinks": torch.tensor([0.5, -1.0, 2.0, 0.0])}]
 )

@@ -40,15 +40,15 @@ def test_a_step_adds_up() -> None:
 @pytest.mark.parametrize(
     "bad",
     [
-        dict(target={}),
-        dict(sync={}),
-        dict(draft={0: 1.0}),
-        dict(target={0: {1: -1.0}}),
-        dict(sync={1: float("nan")}),
+        {"target": {}},
+        {"sync": {}},
+        {"draft": {0: 1.0}},
+        {"target": {0: {1: -1.0}}},
+        {"sync": {1: float("nan")}},
     ],
 )
 def test_bad_models_are_refused(bad: dict) -> None:
-    good = dict(target={0: {1: 1.0}}, sync={1: 0.1}, draft={1: 0.1})
+    good = {"target": {0: {1: 1.0}}, "sync": {1: 0.1}, "draft": {1: 0.1}}
     StepCostModel(**good)
     with pytest.raises(ValueError, match="step cost model"):
         StepCostModel(**{**good, **bad})

@@ -32,8 +32,13 @@ def target() -> LlamaForCausalLM:
 
 def plain_draft(**options: bool) -> DraftModel:
     torch.manual_seed(1)
-    sizes: dict[str, Any] = dict(hidden_size=32, intermediate_size=64, head_dim=8, target_hidden_size=32)
-    heads: dict[str, Any] = dict(num_attention_heads=4, num_key_value_heads=2, vocab_size=VOCAB)
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "head_dim": 8,
+        "target_hidden_size": 32,
+    }
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCAB}
     model = DraftModel(
         PlainDraftConfig(**sizes, **heads, draft_vocab_size=40, aux_layers=(2, 4, 7), **options)
     )
@@ -231,7 +236,7 @@ def test_real_draft(tmp_path: Path) -> None:
         assert sum(got.accepted) > 0
 
 
-@pytest.mark.parametrize("prompt, length", [([], 5), ([1], 0)])
+@pytest.mark.parametrize(("prompt", "length"), [([], 5), ([1], 0)])
 def test_bad_input(target: Any, draft: DraftModel, prompt: list[int], length: int) -> None:
     with pytest.raises(ValueError, match="expected a prompt"):
         decode(target, draft, prompt, chain(2), length)

@@ -25,7 +25,7 @@ ROWS = [{"id": f"p{i}", "source": "ab"[i % 2], "turns": [f"q{i}", f"r{i}"][: 1 +
 
 
 @pytest.mark.parametrize(
-    "row, turns",
+    ("row", "turns"),
     [
         ({"turns": ["a", "b"]}, ("a", "b")),
         ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "x"}]}, ("a",)),
@@ -88,7 +88,7 @@ def test_gz_and_list(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text, message",
+    ("text", "message"),
     [
         ("", "no prompts"),
         ("{", "bad.jsonl:1: not valid JSON"),

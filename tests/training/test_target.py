@@ -23,10 +23,10 @@ from vllm_eagle3.training.data import Batch
 from vllm_eagle3.training.features import Target, check_target, target_rope
 from vllm_eagle3.training.initialize import norm_gain
 
-SIZES: dict[str, Any] = dict(
-    vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=7, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=8, max_position_embeddings=64, pad_token_id=0, initializer_range=0.3,
-)  # fmt: skip
+SIZES: dict[str, Any] = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 7, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0, "initializer_range": 0.3,
+}  # fmt: skip
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
 ROPES = [
     {"rope_type": "default", "rope_theta": 1e4},
@@ -145,8 +145,13 @@ def test_a_draft_of_a_partly_rotated_target(tmp_path: Path) -> None:
     from vllm_eagle3.training.export import export
 
     rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
-    sizes: dict[str, Any] = dict(hidden_size=32, intermediate_size=48, head_dim=8, target_hidden_size=32)
-    heads: dict[str, Any] = dict(num_attention_heads=4, num_key_value_heads=2, vocab_size=64)
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "head_dim": 8,
+        "target_hidden_size": 32,
+    }
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64}
     config = PlainDraftConfig(
         **sizes, **heads, draft_vocab_size=64, aux_layers=(1, 2, 3), rope_parameters=rope
     )

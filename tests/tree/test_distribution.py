@@ -53,7 +53,7 @@ def chi_squared(texts):
     return (value - freedom) / (2 * freedom) ** 0.5
 
 
-@pytest.mark.parametrize("depth,topk,nodes", [(1, 1, 1), (2, 2, 6), (3, 4, 10), (3, 5, 25)])
+@pytest.mark.parametrize(("depth", "topk", "nodes"), [(1, 1, 1), (2, 2, 6), (3, 4, 10), (3, 5, 25)])
 def test_joint_distribution_of_three_tokens(depth, topk, nodes):
     generator = torch.Generator().manual_seed(nodes)
     texts, accepted, steps = {(): SAMPLES}, 0, 0

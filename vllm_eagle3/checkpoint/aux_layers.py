@@ -121,8 +121,11 @@ def _from_layer_outputs(ids: Any, n: int | None, key: str, source: str) -> tuple
 
 
 def _in_layer_order(ids: Any, key: str, source: str) -> list[int]:
-    """Nested ids, sorted: ModelOpt writes them as a Python set happens to order them, and both its hooks and vLLM
-    collect the states in the order of the layers."""
+    """Nested ids, sorted.
+
+    ModelOpt writes them in the order of a Python set, and both its hooks and vLLM collect the states in the order of
+    the layers.
+    """
     return sorted(_ints(ids, key, source))
 
 

@@ -123,8 +123,11 @@ def canonical_tensors(
 
 
 def refuse_another_model(config: DraftConfig, names: Iterable[str], source: str) -> None:
-    """Raises CheckpointError for a language model where a draft is expected, and where the tensors contradict the
-    number of layers in config.json. Holds also for drafts that are left to stock vLLM."""
+    """Raises CheckpointError for a language model in the place of a draft, and for a wrong number of layers.
+
+    The number is wrong where the tensors contradict config.json. This also holds for drafts that are left to stock
+    vLLM.
+    """
     names = list(names)
     if not any(name.startswith("fc.") for name in names) and any(n.startswith("model.") for n in names):
         layers = config.layer_config.get("num_hidden_layers")

@@ -51,8 +51,10 @@ class Tree:
 
 @dataclass
 class Decoded:
-    """tokens: the answer, with its stop token; of each verification the drafted tokens it read (the root left
-    out) and accepted."""
+    """The answer with its stop token, and the drafted tokens that each verification read and accepted.
+
+    The root is not counted among the drafted tokens.
+    """
 
     tokens: list[int]
     accepted: list[int] = field(default_factory=list)
@@ -123,8 +125,11 @@ def eagle2_tree(depth: int, topk: int, nodes: int) -> Proposer:
 
 
 def look_up(text: list[int], length: int, min_match: int, max_match: int) -> list[int]:
-    """What followed the latest of the longest earlier matches (`min_match` to `max_match` tokens) of the text's
-    newest tokens: `length` tokens, copied one by one, so that a loop goes on as a loop. Empty without a match."""
+    """The `length` tokens that followed the newest tokens of the text where they occurred before.
+
+    The longest match counts (`min_match` to `max_match` tokens), and the latest of several. Tokens are copied one by
+    one, so that a loop continues as a loop. Empty without a match.
+    """
     longest, place = min_match - 1, None
     for end in range(1, len(text)):  # the earlier place is text[:end]
         match = 0
@@ -141,8 +146,10 @@ def look_up(text: list[int], length: int, min_match: int, max_match: int) -> lis
 
 
 def grafted(propose: Proposer, length: int = 8, min_match: int = 2, max_match: int = 8) -> Proposer:
-    """The draft of `propose` with the looked-up continuation as a branch: it shares the nodes that carry its
-    tokens, and what is left of it hangs below them as one path."""
+    """The draft of `propose` with the looked-up continuation as a branch.
+
+    The branch shares the nodes that carry its tokens, and the rest of it hangs below them as one path.
+    """
 
     def with_graft(draft: DraftModel, a: Tensor, kv: KV, text: list[int]) -> Tree:
         tree = propose(draft, a, kv, text)
@@ -169,8 +176,10 @@ class Target:
         self.model, self.aux_layers, self.cache = model, aux_layers, DynamicCache(config=model.config)
 
     def __call__(self, tree: Tree, past: int, logits_to_keep: int = 0) -> tuple[Tensor, list[Tensor]]:
-        """Reads the nodes behind `past` cached tokens: logits [nodes, vocab] (of the last
-        `logits_to_keep` if given), aux states, each [nodes, ht]."""
+        """Reads the nodes behind `past` cached tokens.
+
+        Returns logits [nodes, vocab] (of the last `logits_to_keep` if given) and aux states, each [nodes, ht].
+        """
         device = self.model.device
         mask = torch.cat([torch.ones(len(tree.tokens), past, dtype=torch.bool), tree.visible()], 1)
         forbidden = torch.finfo(self.model.dtype).min

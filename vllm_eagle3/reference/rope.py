@@ -42,8 +42,11 @@ def _llama3(inv: Tensor, rope: Mapping[str, Any]) -> Tensor:
 
 
 def _yarn(inv: Tensor, rope: Mapping[str, Any], dim: int, theta: float) -> Tensor:
-    """Frequencies that turn `beta_fast` times or more within the old length stay; those that turn `beta_slow` times
-    or less are divided by the factor; between the two it is a ramp (arXiv 2309.00071)."""
+    """YaRN (arXiv 2309.00071).
+
+    Frequencies that turn `beta_fast` times or more within the old length stay, those that turn `beta_slow` times or
+    less are divided by the factor, and between the two it is a ramp.
+    """
     old = rope["original_max_position_embeddings"]
 
     def turns_at(turns: float) -> float:

@@ -23,8 +23,9 @@ TORCHRUN = (
 
 
 def answer_prompts(answers: Answers, target: str, dtype: str, ranks: Ranks) -> None:
-    """Let the target answer this rank's part of the prompts (a process of its own, so that the engine's memory is
-    given back). Answers that are there already are kept.
+    """Let the target answer this rank's part of the prompts; answers that are there already are kept.
+
+    The engine runs in a process of its own, so that its memory is given back.
 
     Raises RuntimeError when the engine fails; its own messages are above.
     """

@@ -75,8 +75,7 @@ def join_chain(out1: Tensor, lse1: Tensor, q: Tensor, kc: Tensor, vc: Tensor) ->
 
 
 class FlexAttention:
-    """The attention of a GPU: flex attention over step-1 keys with document boundaries, joined with the
-    chain."""
+    """The attention of a GPU: flex attention over step-1 keys, within documents, joined with the chain."""
 
     def __init__(self, layout: Layout, k1: Tensor, v1: Tensor) -> None:
         """k1, v1 [T, H, d]."""
@@ -105,8 +104,7 @@ def compiled_flex() -> Any:
 
 
 class FlashAttention:
-    """The attention of a CPU: flash attention over padded documents, joined with the chain in one
-    operation."""
+    """The attention of a CPU: flash attention over padded documents, joined with the chain in one operation."""
 
     def __init__(self, layout: Layout, k1: Tensor, v1: Tensor) -> None:
         """k1, v1 [T, H, d]."""
@@ -128,8 +126,7 @@ class ChainAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k1: Tensor, v1: Tensor, kc: Tensor, vc: Tensor, slot: Tensor) -> Tensor:
-        """q [R, H, d]; k1, v1 [B, H, L, d]; kc, vc [R, c, H, d]; slot [R] rows in [B * L]. Returns [R, H,
-        d]."""
+        """q [R, H, d]; k1, v1 [B, H, L, d]; kc, vc [R, c, H, d]; slot [R] rows in [B * L]. Returns [R, H, d]."""
         b, h, length, d = k1.shape
         queries = q.new_zeros(b * length, h, d).index_copy(0, slot, q).view(b, length, h, d).transpose(1, 2)
         out1, lse1 = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(queries, k1, v1, 0.0, True)

@@ -22,8 +22,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Corpus:
-    """What a draft was trained on. sources: documents of each; coverage: share of the training answers' tokens in its
-    vocabulary; held_out_coverage: of greedy held-out answers (None: there are none)."""
+    """What a draft was trained on.
+
+    sources: documents of each; coverage: share of the training answers' tokens in its vocabulary; held_out_coverage: of
+    greedy held-out answers (None: there are none).
+    """
 
     documents: int
     answer_tokens: int

@@ -31,8 +31,10 @@ def smooth(values: list[float], weight: float = 0.95) -> list[float]:
 
 
 def read_stages(folders: Sequence[Path], name: str) -> dict[str, list[float]]:
-    """The columns of one CSV file a stage, one after the other, tokens counted from the first; a column that a stage
-    has not is NaN there."""
+    """The columns of one CSV file a stage, one after the other, with tokens counted from the first stage.
+
+    A column that a stage does not have is NaN there.
+    """
     parts, first = [], 0.0
     for folder in folders:
         part, train = read(folder / name), read(folder / "train.csv")
@@ -48,8 +50,7 @@ def read_stages(folders: Sequence[Path], name: str) -> dict[str, list[float]]:
 
 
 def draw_curves(out: Path, stages: Sequence[Path]) -> Path:
-    """Draw loss, acceptance and tau against answer tokens from the CSV files of `stages`; returns
-    out/curves.png."""
+    """Draw loss, acceptance and tau against answer tokens from the CSV files of `stages`, into out/curves.png."""
     train, validation = read_stages(stages, "train.csv"), read_stages(stages, "validation.csv")
     figure, axes = plt.subplots(1, 3, figsize=(15, 4), constrained_layout=True)
     for name in (n for n in train if n.startswith("loss_")):

@@ -128,8 +128,9 @@ LARGEST_VOCABULARY = 32768
 
 
 def vocabulary_by_coverage(counts: np.ndarray, held_out: Sequence[Document]) -> int:
-    """The smallest size, a multiple of 256, whose most frequent tokens cover COVERAGE of the greedy held-out
-    answers; at most LARGEST_VOCABULARY and the target's own.
+    """The smallest size, a multiple of 256, whose most frequent tokens cover COVERAGE of greedy held-out answers.
+
+    It is at most LARGEST_VOCABULARY and the target's own.
 
     counts [vocab]: of the training answers, which rank the tokens. Where nothing greedy is held out, of those
     answers themselves, which flatters.

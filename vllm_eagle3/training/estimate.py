@@ -17,8 +17,7 @@ CURVE = ((5.75e6, 2.29), (8.74e6, 2.36), (9.25e6, 2.50))
 
 
 def tau_after(tokens: float) -> float:
-    """The published curve at `tokens` answer tokens: a straight line in their logarithm, through its first two
-    points."""
+    """The published curve at `tokens` answer tokens: a line in their logarithm through its first two points."""
     (x0, y0), (x1, y1) = CURVE[:2]
     return max(1.0, y0 + (y1 - y0) * math.log(tokens / x0) / math.log(x1 / x0))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +40,10 @@ def body(config: PlainDraftConfig) -> dict[str, Any]:
 
 
 def flat_config(config: PlainDraftConfig, torch_dtype: str) -> dict[str, Any]:
-    """config.json of the flat form; nested aux ids name the *output* of a layer, so they are one less than
-    ours."""
+    """config.json of the flat form.
+
+    Its nested aux ids name the *output* of a layer, so they are one less than this project's.
+    """
     return body(config) | {
         "architectures": ["Eagle3Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLMEagle3"],
         "draft_vocab_size": config.draft_vocab_size,
@@ -131,8 +132,8 @@ def export(
         )
     partial = path / "model.safetensors.partial"
     save_file(tensors, partial, metadata={"format": "pt"})
-    os.replace(partial, path / "model.safetensors")
+    partial.replace(path / "model.safetensors")
     text = path / "config.json.partial"
     text.write_text(json.dumps(config, indent=2) + "\n")
-    os.replace(text, path / "config.json")
+    text.replace(path / "config.json")
     return path

@@ -11,7 +11,6 @@ import argparse
 import gzip
 import json
 import logging
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,7 +98,7 @@ class ShardWriter:
         temporary = path.with_suffix(".tmp")
         with gzip.open(temporary, "wt", encoding="utf-8", compresslevel=6) as file:
             file.writelines(json.dumps(row, separators=(",", ":")) + "\n" for row in self.rows)
-        os.replace(temporary, path)
+        temporary.replace(path)
         self.rows, self.next = [], self.next + self.step
 
 

@@ -1,5 +1,6 @@
-"""Losses of the draft against the target's distribution, fused with the head so that no [rows, vocab] logits
-are kept.
+"""Losses of the draft against the target's distribution.
+
+They are fused with the head, so that no logits [rows, vocab] are kept.
 
 Soft cross-entropy -sum q log p is the paper's; forward KL differs from it by the target's entropy (same
 gradient). tv = 1 - sum min(p, q) is the rejection probability of one token, lk = -log sum min(p, q) its
@@ -49,8 +50,10 @@ def loss_and_grad(logits: Tensor, q: Tensor, kind: str) -> tuple[Tensor, Tensor]
 
 
 def row_loss(logits: Tensor, table: Tensor, index: Tensor, scale: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """Losses [n] in fp32 of logits [n, v] against table[index], and scale times their gradient, in the dtype of
-    the logits."""
+    """Losses [n] in fp32 of logits [n, v] against table[index], and scale times their gradient.
+
+    The gradient has the dtype of the logits.
+    """
     loss, grad = loss_and_grad(logits.float(), table[index].float(), kind)
     return loss, (grad * scale[:, None]).to(logits.dtype)
 
@@ -80,8 +83,9 @@ class FusedHeadLoss(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, table: Tensor, index: Tensor, scale: Tensor, kind: str
     ) -> tuple[Tensor, Tensor]:
-        """x [n, h]; weight [v, h]; table [m, v] target probabilities; index [n] into it; scale [n] row
-        weights.
+        """Compute the losses and keep what their gradient needs.
+
+        x [n, h]; weight [v, h]; table [m, v] target probabilities; index [n] into it; scale [n] row weights.
 
         Returns the scalar sum(scale * loss) and the row losses [n] (without gradient).
         """

@@ -12,8 +12,10 @@ from typing import Any
 
 
 def option(default: Any, text: str, **more: Any) -> Any:
-    """A dataclass field with an option: `text` is its help; more: flag (its name, if not the field's),
-    choices, metavar."""
+    """A dataclass field with an option.
+
+    `text` is its help; more: flag (its name, if not the field's), choices, metavar.
+    """
     return dataclasses.field(default=default, metadata={"help": text, **more})
 
 

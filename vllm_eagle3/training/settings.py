@@ -87,8 +87,10 @@ class TrainSettings:
             raise ValueError(f"blend: expected 0 < share <= 1, found {self.blend}")
 
     def rate_at(self, step: int, total: int) -> float:
-        """Factor on the learning rates: linear warm-up, constant, then linear decay to a twentieth over the last
-        decay_share of `total` steps."""
+        """Factor on the learning rates: linear warm-up, constant, then linear decay to a twentieth.
+
+        The decay takes the last decay_share of `total` steps.
+        """
         warm = max(1, round(self.warmup_share * total))
         decay = max(1, round(self.decay_share * total))
         left = min(1.0, (total - step) / decay)
@@ -125,8 +127,11 @@ class Mix:
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a run with settings of its own. mix: the first entry that takes a document gives its weight; one
-    that none takes is not used. An empty mix uses each document once."""
+    """A part of a run with settings of its own.
+
+    mix: the first entry that takes a document gives its weight, and a document that no entry takes is not used. An
+    empty mix uses each document once.
+    """
 
     name: str
     settings: TrainSettings

@@ -1,5 +1,4 @@
-"""Features of the target kept on disk: safetensors shards, allocated once, memory-mapped, filled as they are
-computed."""
+"""Features of the target on disk: safetensors shards, allocated once, memory-mapped, filled as they are computed."""
 
 from __future__ import annotations
 
@@ -23,8 +22,9 @@ NUMPY = {2: np.uint16, 4: np.uint32}
 
 
 class FeatureStore:
-    """Features of a fixed list of documents. A shard holds "features" [tokens, (n_aux + 1) * ht]: aux
-    states, then last.
+    """Features of a fixed list of documents.
+
+    A shard holds "features" [tokens, (n_aux + 1) * ht]: aux states, then last.
 
     `features(batch, documents)` reads what is there and computes, and keeps, what is not: the first epoch
     fills the store, later ones read it. A store serves one target, layer choice and data. Several processes of a
@@ -35,8 +35,7 @@ class FeatureStore:
     def __init__(
         self, path: str | Path, target: Target, documents: Sequence[Document], shard_tokens: int = 1 << 18
     ):
-        """Raises ValueError for a store of other data or settings, OSError when the disk has too little
-        room."""
+        """Raises ValueError for a store of other data or settings, OSError when the disk has too little room."""
         self.path, self.target = Path(path), target
         self.dtype = target.head.weight.dtype
         self.parts = len(target.aux_layers) + 1

@@ -42,8 +42,10 @@ class Position:
 
 @dataclass(frozen=True)
 class TrainData:
-    """What a trainer reads: documents with their weights (uses an epoch; None: 1 each), their features on disk if
-    they are kept, and what it validates on."""
+    """What a trainer reads: documents, their features on disk if they are kept, and what it validates on.
+
+    weights: uses of each document an epoch (None: 1 each).
+    """
 
     documents: Sequence[Document]
     validation: ValidationSet | None = None
@@ -113,8 +115,7 @@ class Trainer:
         return torch.autocast(self.target.device.type, dtype=torch.bfloat16, enabled=not self.settings.fp32)
 
     def train(self) -> None:
-        """Train from where the state on disk ends to max_steps, or until `patience` validations brought
-        nothing."""
+        """Train from the newest state on disk to max_steps, or until `patience` validations brought nothing."""
         s = self.settings
         self.resume()
         bar = tqdm(
@@ -150,8 +151,11 @@ class Trainer:
         return self.plan[self.at.place - 1]
 
     def batch_loss(self, group: Sequence[int], draw: int) -> tuple[Tensor, Tensor]:
-        """`ttt_loss` of the documents `group`; `draw` numbers the batch, and so the chains that are drawn for
-        it: the same after a resume and whichever rank computes it."""
+        """`ttt_loss` of the documents `group`.
+
+        `draw` numbers the batch, and so decides which chains are drawn for it: the same ones after a resume, and
+        whichever rank computes it.
+        """
         s, data = self.settings, self.data
         batch = make_batch([data.documents[i] for i in group]).to(self.target.device)
         features = data.store.features(batch, group) if data.store else self.target.features(batch)
@@ -160,8 +164,7 @@ class Trainer:
             return ttt_loss(self.model, batch, features, self.head, s.loss, generator)
 
     def train_step(self) -> list[float]:
-        """One optimiser step over accumulate x ranks batches; returns the mean loss of each simulated
-        step."""
+        """One optimiser step over accumulate x ranks batches; returns the mean loss of each simulated step."""
         s, world = self.settings, self.ranks.world
         batches = s.accumulate * world
         groups = [self._next_group() for _ in range(batches)]
@@ -220,8 +223,7 @@ class Trainer:
         self.ranks.together(write if self.ranks.rank == 0 else None)
 
     def resume(self) -> None:
-        """Continue from the newest state on disk, if there is one. Raises ValueError when it is of other
-        data."""
+        """Continue from the newest state on disk, if there is one. Raises ValueError when it is of other data."""
         if load_newest(self):
             self.plan = self._plan(self.at.epoch)
             if self.record:
@@ -233,8 +235,10 @@ class Trainer:
         self.average = WeightAverage(self.parameters, self.settings.ema)
 
     def finish(self, before: Sequence[Tensor] | None = None) -> None:
-        """Leave the result of the run in the model: the average if there is one, blended with the parameters
-        `before`, those that the run started from."""
+        """Leave the result of the run in the model.
+
+        It is the average if there is one, blended with the parameters `before`, which the run started from.
+        """
         with torch.no_grad():
             for parameter, average in zip(self.parameters, self.average.average, strict=False):
                 parameter.copy_(average)

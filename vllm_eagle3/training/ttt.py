@@ -21,8 +21,10 @@ from vllm_eagle3.training.settings import LossOptions
 
 @dataclass(frozen=True)
 class Chains:
-    """Which chains a batch trains. rows [R]: stream index p of each; valid [steps, R]: step j has a label; later
-    [R']: which of the rows (0..R-1) are simulated beyond step 1.
+    """Which chains a batch trains.
+
+    rows [R]: stream index p of each; valid [steps, R]: step j has a label; later [R']: which of the rows (0..R-1) are
+    simulated beyond step 1.
 
     A chain at p reads g(p) and the token p + 1, so its step j predicts token p + j + 1 and is scored against
     the target's distribution at p + j. It is valid when tokens p + 1 .. p + j + 1 are all answer tokens of
@@ -39,8 +41,10 @@ class Chains:
     def build(
         batch: Batch, steps: int, share: float = 1.0, generator: torch.Generator | None = None
     ) -> Chains:
-        """share: which part of the chains that have a label at step 2 is simulated beyond step 1, drawn by
-        `generator`."""
+        """The chains of a batch.
+
+        share: the part of the chains with a label at step 2 that is simulated beyond step 1, drawn by `generator`.
+        """
         total = len(batch.tokens)
         document = batch.documents()
         stream = torch.arange(total, device=batch.tokens.device)
@@ -61,8 +65,7 @@ class Chains:
         return Chains(rows, valid, later, len(longer))
 
     def at(self, offset: int, total: int) -> Tensor:
-        """Stream index p + offset of every chain [R]; where that is past the stream its last index (never
-        valid)."""
+        """Stream index p + offset of every chain [R]; past the end of the stream, its last index (never valid)."""
         return (self.rows + offset).clamp(max=total - 1)
 
     def scored(self, weights: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -84,8 +87,11 @@ class Chains:
 
 @dataclass(frozen=True)
 class Simulated:
-    """states: a of each simulated step, [R, h] of step 1 and [R', h] of the later ones; q [R, H, d] and k
-    [T, H, d] of step 1, keys repeated for their query heads."""
+    """What a simulation leaves.
+
+    states: a of each simulated step, [R, h] of step 1 and [R', h] of the later ones; q [R, H, d] and k [T, H, d] of
+    step 1, with keys repeated for their query heads.
+    """
 
     states: list[Tensor]
     q: Tensor

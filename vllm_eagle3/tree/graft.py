@@ -28,7 +28,8 @@ def graft(tokens: Tensor, parents: Tensor, continuation: Tensor) -> Grafted:
     """Merges a continuation into each tree.
 
     Args:
-        tokens, parents: int64 [batch, nodes], grown trees as in `growth.Tree`, unused nodes last.
+        tokens: int64 [batch, nodes], of grown trees as in `growth.Tree`, unused nodes last.
+        parents: int64 [batch, nodes], of the same trees.
         continuation: int64 [batch, length], from its first token on what may follow the root; -1 past its end.
 
     Raises ValueError if nodes + length is more than a tree can have (63).

@@ -107,7 +107,9 @@ class Growth:
         max_position: int,
         token_dtype: torch.dtype,
     ) -> None:
-        """depth: most levels. chain: bool [batch], requests that keep only the greedy path. last: int64 [batch],
+        """Begin the trees of a batch.
+
+        depth: most levels. chain: bool [batch], requests that keep only the greedy path. last: int64 [batch],
         position of the row that each tree grows from. token_dtype: of the tokens that levels hand out.
         """
         self.topk, self.last, self.max_position, self.token_dtype = topk, last, max_position, token_dtype

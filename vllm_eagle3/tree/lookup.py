@@ -33,7 +33,8 @@ def look_up(
             result.
         ends: integer [batch], tokens of each text, at most width. A text without tokens has no match.
         length: tokens of a continuation.
-        min_match, max_match: fewest and most tokens that a match counts, 1 <= min_match <= max_match.
+        min_match: fewest tokens that a match counts, at least 1.
+        max_match: most tokens that a match counts.
 
     On a CPU each text is searched in turn, starting from the places of its newest token; elsewhere all places
     are compared in operations of fixed shape that the host does not wait for.

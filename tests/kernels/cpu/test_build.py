@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,6 +62,6 @@ def test_the_kernels_use_the_threads_of_torch():
     if build.native() is None:
         pytest.skip("needs a C++ compiler")
     torch.ones(1 << 20).sum()
-    with open("/proc/self/maps") as maps:
+    with Path("/proc/self/maps").open() as maps:
         libraries = {line.split()[-1] for line in maps if "gomp" in line or "iomp" in line}
     assert len(libraries) == 1

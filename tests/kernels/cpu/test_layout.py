@@ -57,7 +57,7 @@ def reshape_and_cache(isa, dtype):
 
 
 @pytest.mark.parametrize(
-    "isa,dtype,block_size,head_dim,expected",
+    ("isa", "dtype", "block_size", "head_dim", "expected"),
     [
         ("vec", torch.float32, 128, 64, layouts.COLUMNS),
         ("vec", torch.bfloat16, 32, 96, layouts.COLUMNS),

@@ -93,7 +93,7 @@ class Level:
 @pytest.mark.parametrize("kind", LAYOUTS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(
-    "prefixes,nodes,length,kv_heads,group",
+    ("prefixes", "nodes", "length", "kv_heads", "group"),
     [([1], 1, 1, 1, 1), ([31, 64, 1], 4, 5, 2, 3), ([33, 150], 10, 9, 3, 1), ([190], 3, 17, 1, 30)],
 )
 def test_against_dense_attention(backend, kind, dtype, prefixes, nodes, length, kv_heads, group):

@@ -89,7 +89,7 @@ class Batch:
 @pytest.mark.parametrize("kind", LAYOUTS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(
-    "prefixes,nodes,kv_heads,group",
+    ("prefixes", "nodes", "kv_heads", "group"),
     [
         ([0, 1], 1, 2, 1),
         ([31, -5, 32], 9, 2, 3),

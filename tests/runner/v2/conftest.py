@@ -1,5 +1,7 @@
-"""Tests of Model Runner V2, in a process of their own: natively by `VLLM_USE_V2_MODEL_RUNNER=1 pytest tests/runner/v2`;
-those of Triton's kernels, on a machine without a GPU, in Triton's interpreter by `EAGLE3_INTERPRET=1 pytest …`.
+"""Tests of Model Runner V2, in a process of their own.
+
+`VLLM_USE_V2_MODEL_RUNNER=1 pytest tests/runner/v2` runs them natively. `EAGLE3_INTERPRET=1 pytest tests/runner/v2`
+runs those of Triton's kernels in Triton's interpreter, on a machine without a GPU.
 
 vLLM settles once, at import, whether Triton is usable; so native and interpreted engines cannot share a process.
 """

@@ -31,8 +31,10 @@ def turns():
 
 
 def same_with_trees(turns, params, depth, topk, nodes, again=0, **settings):
-    """Asserts identical answers, of the last `again` turns once more; returns tokens per verification and the
-    engine's counters."""
+    """Asserts identical answers, those of the last `again` turns once more.
+
+    Returns tokens per verification and the engine's counters.
+    """
     target, draft = default_pair()
     with running(target, **SETTINGS) as llm:
         plain = answers(llm, turns, params)

@@ -60,7 +60,7 @@ def test_a_plain_engine_is_served():
 
 
 @pytest.mark.parametrize(
-    "change,named",
+    ("change", "named"),
     [
         ({"parallel_config__pipeline_parallel_size": 2}, "pipeline parallelism"),
         ({"parallel_config__data_parallel_size": 2}, "data parallelism"),
@@ -105,7 +105,7 @@ def test_more_nodes_than_candidates():
 
 
 @pytest.mark.parametrize(
-    "params,chain",
+    ("params", "chain"),
     [
         ({}, False),
         ({"temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "logit_bias": {3: 1.0}}, False),

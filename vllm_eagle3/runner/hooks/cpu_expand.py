@@ -19,7 +19,8 @@ def expand(
         output: [num_tokens] any dtype; written.
         input_val: [batch] one value a request.
         cu_num_tokens: [batch] cumulative numbers of tokens.
-        replace_from, replace_to: this value becomes that one.
+        replace_from: the value that is replaced.
+        replace_to: what it becomes.
         MAX_NUM_TOKENS: unused; in upstream's signature.
     """
     counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))

@@ -1,5 +1,7 @@
-"""Check the draft before anything is built, and take `num_speculative_tokens` from the size of the draft tree when the
-user gives none. Runs in the process that the user started."""
+"""Check the draft before anything is built, in the process that the user started.
+
+Also take `num_speculative_tokens` from the size of the draft tree when the user gives none.
+"""
 
 import difflib
 import logging

@@ -20,7 +20,8 @@ def validate_v2_model_runner(self: VllmConfig) -> None:
         ValueError: what vLLM's V2 runner does not support; names all of it.
     """
     if HAS_TRITON or not current_platform.is_cpu() or not vllm_version.startswith(WRITTEN_FOR):
-        return _stock_validate(self)
+        _stock_validate(self)
+        return
     unsupported = self._get_v2_model_runner_unsupported_features()
     if unsupported:
         raise ValueError(f"Model Runner V2 does not yet support: {', '.join(unsupported)}")
@@ -42,9 +43,9 @@ def hide_attributes(ffi: ModuleType) -> None:
     library: Any = type(ffi.lib)
     original = library.__getattr__
 
-    def __getattr__(self: Any, name: str) -> Any:
+    def known(self: Any, name: str) -> Any:
         if name == "__dict__":
             raise AttributeError(name)
         return original(self, name)
 
-    library.__getattr__ = __getattr__
+    library.__getattr__ = known

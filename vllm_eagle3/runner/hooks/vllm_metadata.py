@@ -35,7 +35,6 @@ class _VllmCpuFinder(metadata.DistributionFinder):
 
     def find_spec(self, *_: object) -> None:
         """Leave every module to the other finders."""
-        return None
 
     def find_distributions(
         self, context: metadata.DistributionFinder.Context | None = None

@@ -12,8 +12,10 @@ from vllm_eagle3.tree.growth import Growth
 
 
 class CPUTreeSpeculator(TreeSpeculator, CPUSpeculator):
-    """TreeSpeculator whose steps are those of CPUSpeculator: weights may be in int8, and nothing runs that a level
-    does not need. What lies between two levels is one native call.
+    """TreeSpeculator whose steps are those of CPUSpeculator.
+
+    Weights may be in int8, and nothing runs that a level does not need. What lies between two levels is one native
+    call.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -30,8 +30,9 @@ def init_speculator(vllm_config: VllmConfig, device: torch.device, req_states: A
 
 
 def _tree_speculator(vllm_config: VllmConfig, device: torch.device, tree: TreeOptions) -> Eagle3Speculator:
-    """Called before the model is built, because it selects the attention backend. Triton's interpreter takes the path
-    of GPUs, which is what it is there to test.
+    """Called before the model is built, because it selects the attention backend.
+
+    Triton's interpreter takes the path of GPUs, because that path is what it is there to test.
 
     Raises:
         ValueError: this engine has settings that trees do not support. The message names all of them.

@@ -170,7 +170,8 @@ class TreeSpeculator(Eagle3Speculator):
             assert self.growth_graphs is not None
             graph = self.growth_graphs.dispatch(batch, batch, uniform_token_count=1, num_active_loras=0)
             if graph.cg_mode == CUDAGraphMode.FULL:
-                return self.growth_graphs.run_fullgraph(graph)
+                self.growth_graphs.run_fullgraph(graph)
+                return
         for first in range(0, batch, self.group):
             self._grow_rows(slice(first, min(first + self.group, batch)), nodes, attend)
 

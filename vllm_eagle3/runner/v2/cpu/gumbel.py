@@ -76,8 +76,10 @@ def _gumbel_sample_kernel(
 
 
 def noised_argmax(logits: np.ndarray, seed: int, position: int, fp64: bool) -> tuple[int, float]:
-    """(argmax, max) of logits [vocab] under the Gumbel noise of (seed, position, token). NumPy's logarithms: they are
-    vectorised, Numba's are not."""
+    """(argmax, max) of logits [vocab] under the Gumbel noise of (seed, position, token).
+
+    NumPy computes the logarithms, because Numba's are not vectorised.
+    """
     if fp64:
         uniform = np.empty(len(logits), np.float64)
         _uniform64(seed, position, uniform)

@@ -1,5 +1,8 @@
-"""Reductions over rows of logits. Upstream's kernels reduce blocks of the vocabulary; here block 0 gets a whole row's
-result and the other blocks get what loses every later reduction."""
+"""Reductions over rows of logits.
+
+Upstream's kernels reduce blocks of the vocabulary. Here block 0 gets the result of a whole row, and the other blocks
+get what loses every later reduction.
+"""
 
 import torch
 
