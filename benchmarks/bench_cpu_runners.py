@@ -8,6 +8,7 @@ python benchmarks/bench_cpu_runners.py [--modes none auto] [--json benchmarks/re
 import argparse
 import json
 import tempfile
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
@@ -23,8 +24,8 @@ ROOT = Path(__file__).parents[1]
 RUNNERS = {"V1": "0", "V2": "1"}
 
 
-def compare(mode: str, settings: SweepSettings) -> list[dict[str, Any]]:
-    """Rows of one mode: a batch size each, with the ratio of every repeat."""
+def compare(mode: str, settings: SweepSettings) -> Iterator[list[dict[str, Any]]]:
+    """After every repeat, the rows of one mode so far: a batch size each, with the ratio of every repeat."""
     found: dict[tuple[str, int], list[Measurement]] = {}
     with ExitStack() as stack:
         file = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "settings.json"
@@ -41,7 +42,8 @@ def compare(mode: str, settings: SweepSettings) -> list[dict[str, Any]]:
                     measured = workers[runner].measure(size, repeat)
                     if repeat:
                         found.setdefault((runner, size), []).append(measured)
-    return [row(mode, size, found["V1", size], found["V2", size]) for size in settings.batch_sizes]
+            if repeat:
+                yield [row(mode, size, found["V1", size], found["V2", size]) for size in settings.batch_sizes]
 
 
 def row(mode: str, size: int, v1: list[Measurement], v2: list[Measurement]) -> dict[str, Any]:
@@ -88,9 +90,10 @@ def main() -> None:
             max_tokens=args.max_tokens,
         )
         made = provenance([data], settings.public())
-        rows = [found | {"provenance": made} for found in compare(mode, settings)]
-        results = [old for old in results if old["mode"] != mode] + rows
-        args.json.write_text(json.dumps({"results": results}, indent=1) + "\n", encoding="utf-8")
+        others = [old for old in results if old["mode"] != mode]
+        for rows in compare(mode, settings):
+            results = others + [found | {"provenance": made} for found in rows]
+            args.json.write_text(json.dumps({"results": results}, indent=1) + "\n", encoding="utf-8")
         for found in rows:
             low, high = min(found["ratios"]), max(found["ratios"])
             rates = f"{found['v1_tokens_per_second']:.1f} | {found['v2_tokens_per_second']:.1f}"
