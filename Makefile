@@ -37,6 +37,8 @@ demo: install
 	$(RUN) examples/quickstart.py $(DEMO_ARGS)
 
 # The V2 runner is interpreted without a GPU, and that is settled when vLLM is imported: hence processes of their own.
+NATIVE := tests/runner/v2/test_native.py tests/runner/v2/test_chain.py
+
 test: install
 	$(MAKE) --jobs=2 --output-sync=target test-v2 test-v1 test-kernels
 
@@ -47,6 +49,8 @@ test-v1: install
 test-v2: install
 	@echo "== tests: the V2 runner (interpreted where there is no GPU)"
 	EAGLE3_INTERPRET=1 $(RUN) -m pytest tests/runner/v2 -m 'not slow' $(PYTEST_ARGS)
+	@echo "== tests: the V2 runner on a CPU without Triton"
+	VLLM_USE_V2_MODEL_RUNNER=1 $(RUN) -m pytest $(NATIVE) -m 'not slow' $(PYTEST_ARGS)
 
 test-kernels: install
 	@echo "== tests: kernels under Triton's interpreter"

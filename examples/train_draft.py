@@ -1,7 +1,6 @@
 """Train an EAGLE-3 draft for your model from your prompts, in one call.
 
-python examples/train_draft.py --target DIR [--prompts prompts.jsonl] --out runs/my-draft
-Without --prompts it takes the 320 short ones of examples/data.
+python examples/train_draft.py --target DIR --prompts prompts.jsonl --out runs/my-draft
 """
 
 import argparse
@@ -20,14 +19,11 @@ def main() -> None:
     )
     parser.add_argument("--target", required=True, help="directory or name of the target model")
     parser.add_argument(
-        "--prompts",
-        type=Path,
-        default=Path(__file__).parent / "data" / "prompts.jsonl",
-        help="JSONL with `turns`, or ShareGPT conversations (default: examples/data/prompts.jsonl)",
+        "--prompts", required=True, type=Path, help="JSONL with `turns`, or ShareGPT conversations"
     )
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument(
-        "--conversations", type=int, default=320, help="prompts answered (default: %(default)s)"
+        "--conversations", type=int, default=150, help="prompts answered (default: %(default)s)"
     )
     parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))

@@ -128,7 +128,7 @@ def test_environments(monkeypatch: pytest.MonkeyPatch) -> None:
         mode: tuple(evaluate.environment(mode).get(flag) for flag in flags)
         for mode in ("native", "chain", "tree")
     }
-    assert seen == {"native": ("1", None, "0"), "chain": (None, None, "0"), "tree": (None, "1", "1")}
+    assert seen == {"native": ("1", None, "0"), "chain": (None, None, "0"), "tree": (None, None, "1")}
     assert os.environ["EAGLE3_DISABLE"] == "1"
 
 

@@ -26,7 +26,7 @@ class Engine(Protocol):
 class VllmEngine:
     """vLLM's offline batch; EAGLE3_DISABLE in the environment decides whether this plugin is in it."""
 
-    def __init__(self, mode: str, settings: EvalSettings, timed: bool) -> None:
+    def __init__(self, mode: str, settings: EvalSettings) -> None:
         from vllm import LLM
 
         from vllm_eagle3.runner.engine_memory import memory_arguments
@@ -62,7 +62,7 @@ class VllmEngine:
             seed=0,
             **extra,
         )
-        self.mode, self.settings, self.timed = mode, settings, timed
+        self.mode, self.settings = mode, settings
         self.tokenizer = self.llm.get_tokenizer()
         self.run(self.tokens_of("Hello"), 16, "warm-up")
 
@@ -97,9 +97,8 @@ class VllmEngine:
             drafted_now - drafted,
         )  # fmt: skip
         run.decode_tokens += sum(len(output.outputs[0].token_ids) - 1 for output in outputs)
-        if self.timed:
-            spans = [(output.metrics.first_token_ts, output.metrics.last_token_ts) for output in outputs]
-            run.decode_seconds = (run.decode_seconds or 0.0) + covered_seconds(spans)
+        spans = [(output.metrics.first_token_ts, output.metrics.last_token_ts) for output in outputs]
+        run.decode_seconds = (run.decode_seconds or 0.0) + covered_seconds(spans)
         return [(list(output.outputs[0].token_ids), output.outputs[0].text) for output in outputs]
 
 

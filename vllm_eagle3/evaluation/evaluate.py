@@ -34,8 +34,6 @@ def environment(mode: str) -> dict[str, str]:
         # vLLM keeps one core for its front end, but here the front end runs in the same process as the engine.
         env.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
         env["VLLM_USE_V2_MODEL_RUNNER"] = "1" if mode == "tree" else "0"
-        if mode == "tree":
-            env["EAGLE3_INTERPRET"] = "1"
     return env
 
 

@@ -15,7 +15,7 @@ MODES = {
     "none": "vLLM without speculation",
     "native": "stock vLLM's eagle3",
     "chain": "this project's chain in vLLM",
-    "tree": "this project's tree in vLLM (on a CPU through Triton's interpreter, without timings)",
+    "tree": "this project's tree in vLLM",
     "reference-chain": "the chain in plain transformers",
     "reference-tree": "EAGLE-2's tree in plain transformers",
     "reference-chain+graft": "that chain with what followed the newest tokens before in the text",

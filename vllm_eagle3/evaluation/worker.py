@@ -7,9 +7,8 @@ engine finds too little memory.
 from __future__ import annotations
 
 import json
-import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from vllm_eagle3.evaluation.engines import Engine, ReferenceEngine, VllmEngine
@@ -48,12 +47,11 @@ def run_task(engine: Engine, mode: str, task: str, prompts: list[Prompt], settin
 
 
 def run_mode(mode: str, settings: EvalSettings) -> Iterator[TaskRun]:
-    """Runs `mode` on every task. Timings are left out where vLLM's kernels are interpreted."""
-    engine: Engine
-    if mode.startswith("reference-"):
-        engine = ReferenceEngine(mode, settings)
-    else:
-        engine = VllmEngine(mode, settings, timed=os.environ.get("EAGLE3_INTERPRET") != "1")
+    """Runs `mode` on every task."""
+    make: Callable[[str, EvalSettings], Engine] = (
+        ReferenceEngine if mode.startswith("reference-") else VllmEngine
+    )
+    engine = make(mode, settings)
     for task, prompts in load_tasks(settings).items():
         yield run_task(engine, mode, task, prompts, settings)
 

@@ -18,7 +18,9 @@ asked_for = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
 if not (asked_for or triton_interpreter.enabled() or torch.cuda.is_available()):
     collect_ignore_glob = ["test_*.py"]
 elif not (triton_interpreter.enabled() or torch.cuda.is_available()):
-    collect_ignore = ["test_gpu_kernels.py", "test_interpreter.py"]
+    collect_ignore = [
+        f"test_{name}.py" for name in ("gpu_kernels", "graphs", "interpreter", "tree_flash_attention")
+    ]
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import torch
 from engines import running, speculative, token_ids
 from tree_oracle import oracle
 from vllm import SamplingParams
+from vllm.triton_utils import HAS_TRITON
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, detokenize=False)
 SIZES = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "max_model_len": 256}
@@ -71,7 +72,7 @@ def test_one_branch_is_the_chain(models, prompts, texts, monkeypatch):
     from vllm_eagle3.runner.v2.speculator import Eagle3Speculator
     from vllm_eagle3.runner.v2.tree_speculator import TreeSpeculator
 
-    drafts, chains = [], Eagle3Speculator if torch.cuda.is_available() else CPUSpeculator
+    drafts, chains = [], Eagle3Speculator if HAS_TRITON else CPUSpeculator
     for cls, extra in ((chains, {}), (TreeSpeculator, {"additional_config": tree(4, 1, 4)})):
         with monkeypatch.context() as patch:
             drafts.append(recorded_chain_drafts(patch, cls))

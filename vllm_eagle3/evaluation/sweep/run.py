@@ -79,10 +79,8 @@ def sweep(settings: SweepSettings, save: Callable[[dict[str, Any]], None] | None
 
     Raises:
         RuntimeError: an engine died.
-        ValueError: `tree` or synthetic acceptance without a GPU.
+        ValueError: synthetic acceptance without a GPU.
     """
-    if "tree" in settings.modes and not torch.cuda.is_available():
-        raise ValueError("--modes: tree needs a GPU (on a CPU its kernels are interpreted), found none")
     synthetic = settings.shape is not None and bool(settings.acceptance_rates)
     if synthetic and not torch.cuda.is_available():
         raise ValueError(

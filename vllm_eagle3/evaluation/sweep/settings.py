@@ -17,7 +17,7 @@ MODES = {
     "native": "stock vLLM's eagle3, at the best of --native-tokens",
     "adaptive": "stock vLLM's eagle3 with adaptive verification (V2 runner with full CUDA graphs)",
     "chain": "this project's chain of --num-speculative-tokens",
-    "tree": "this project's tree (GPU)",
+    "tree": "this project's tree",
     "auto": "this project with policy auto, up to --num-speculative-tokens",
 }
 PAPER = {

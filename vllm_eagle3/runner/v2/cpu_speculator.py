@@ -7,6 +7,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.forward_context import set_forward_context
+from vllm.triton_utils import HAS_TRITON
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator import prepare_prefill_inputs
 from vllm.v1.worker.gpu.spec_decode.utils import DraftTokensHandler
@@ -24,6 +25,7 @@ def serves(vllm_config: VllmConfig, device: torch.device) -> bool:
     assert speculative is not None
     return (
         device.type == "cpu"
+        and not HAS_TRITON  # on a CPU it is interpreted, and takes the path of GPUs, which it is there to test
         and not speculative.enable_adaptive_verification
         and not vllm_config.model_config.supports_multimodal_inputs
         and parallel.data_parallel_size == parallel.decode_context_parallel_size == 1

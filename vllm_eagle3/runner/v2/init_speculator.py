@@ -8,7 +8,6 @@ from vllm.v1.worker.gpu.spec_decode import init_speculator as stock_init_specula
 
 from vllm_eagle3.config import Eagle3Options, TreeOptions
 from vllm_eagle3.model.activate import activate
-from vllm_eagle3.runner import triton_interpreter
 from vllm_eagle3.runner.startup_log import report, report_lookahead
 from vllm_eagle3.runner.v2.cpu_speculator import CPUSpeculator, serves
 from vllm_eagle3.runner.v2.speculator import Eagle3Speculator
@@ -32,8 +31,6 @@ def init_speculator(vllm_config: VllmConfig, device: torch.device, req_states: A
 def _tree_speculator(vllm_config: VllmConfig, device: torch.device, tree: TreeOptions) -> Eagle3Speculator:
     """Called before the model is built, because it selects the attention backend.
 
-    Triton's interpreter takes the path of GPUs, because that path is what it is there to test.
-
     Raises:
         ValueError: this engine has settings that trees do not support. The message names all of them.
     """
@@ -43,5 +40,4 @@ def _tree_speculator(vllm_config: VllmConfig, device: torch.device, tree: TreeOp
 
     refuse_unsupported(vllm_config, tree)
     select_tree_attention(vllm_config)
-    on_cpu = serves(vllm_config, device) and not triton_interpreter.enabled()
-    return (CPUTreeSpeculator if on_cpu else TreeSpeculator)(vllm_config, device, tree)
+    return (CPUTreeSpeculator if serves(vllm_config, device) else TreeSpeculator)(vllm_config, device, tree)
