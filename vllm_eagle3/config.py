@@ -64,7 +64,11 @@ class Eagle3Options:
         "embedding), as in vLLM.",
     )
     tree: TreeOptions | None = _option(
-        None, "object", "null (a chain) or an object with the keys below", "Draft trees instead of chains."
+        None,
+        "object or bool",
+        "null or false (chains), true (the defaults below), or an object with the keys below",
+        "Draft trees too. Under policy auto this is the largest tree that a step may draft: smaller trees, chains and "
+        "no drafts are chosen where they are faster. true also raises num_speculative_tokens to the nodes of the tree.",
     )
     policy: str = _option(
         "auto",
@@ -86,12 +90,18 @@ class Eagle3Options:
     def __post_init__(self) -> None:
         if isinstance(self.aux_layers, list):  # JSON has no tuples
             object.__setattr__(self, "aux_layers", tuple(self.aux_layers))
+        if isinstance(self.tree, bool):
+            object.__setattr__(self, "tree", TreeOptions() if self.tree else None)
         if isinstance(self.tree, Mapping):
             object.__setattr__(self, "tree", _from_mapping(TreeOptions, self.tree, "tree."))
         if self.aux_layers is not None and not _are_layer_ids(self.aux_layers):
             raise _bad("aux_layers", self.aux_layers, "null or strictly increasing ids from 0")
         if not (self.tree is None or isinstance(self.tree, TreeOptions)):
-            raise _bad("tree", self.tree, f"null or an object with the keys {', '.join(_names(TreeOptions))}")
+            raise _bad(
+                "tree",
+                self.tree,
+                f"true, false, null or an object with the keys {', '.join(_names(TreeOptions))}",
+            )
         if self.policy not in POLICIES:
             raise _bad("policy", self.policy, " or ".join(map(repr, POLICIES)))
         for name in ("fused_kernels", "int8_draft"):

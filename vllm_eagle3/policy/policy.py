@@ -33,6 +33,10 @@ class Policy:
     MAX_CREDIT = 8.0  # steps' worth of probing that can be saved up
     PROBE_FLOOR = 0.8  # neighbours expected to be slower than this share of the current speed are not probed
 
+    # A tree of n nodes misses MISSES * n ** MISSES_POWER times as often as a chain: 0.75 with 16 nodes, 0.6 with 60.
+    MISSES, MISSES_POWER = 1.2, -0.17
+    TREE_PRIOR = 12.0  # observations that this is worth
+
     REQUEST_WINDOW = 32.0  # drafts a request's own acceptance looks back
     REQUEST_PRIOR = 8.0  # observations that the batch's acceptance weighs against a request's own
 
@@ -55,7 +59,9 @@ class Policy:
         depth = max(s.depth for s in self.shapes)
         first = next((s.family for s in self.shapes if s != NOTHING), 0)
         self.acceptance = {
-            f: Acceptance(depth, prior if f == first else None)
+            f: Acceptance(
+                depth, prior if f == first else None, weight=self.TREE_PRIOR if f and first == 0 else 2.0
+            )
             for f in sorted({s.family for s in self.shapes})
         }
         self.continuation = Acceptance(max(depth - 1, 0), prior=1.0)
@@ -76,10 +82,18 @@ class Policy:
     # -- Expected tokens and seconds
 
     def rates(self) -> dict[int, list[float]]:
-        """Acceptance per depth of each family. A tree not seen yet counts as good as the next smaller one."""
+        """Acceptance per depth of each family.
+
+        A tree that was seldom seen is expected to miss less often than the chain, the less the more nodes it has.
+        Without chains among the shapes it counts as good as the next smaller tree.
+        """
         out: dict[int, list[float]] = {}
         below: list[float] = []
         for family, acceptance in self.acceptance.items():
+            if family and 0 in out:
+                below = [
+                    1.0 - (1.0 - rate) * min(self.MISSES * family**self.MISSES_POWER, 1.0) for rate in out[0]
+                ]
             below = out[family] = acceptance.rates(below if family else ())
         return out
 
@@ -120,7 +134,8 @@ class Policy:
     def best(self, batch: int, context: float = 0.0) -> Shape:
         """The smallest shape within TIE of the most expected tokens per second.
 
-        A step of a larger shape never counts as shorter than one of a smaller shape, even if noise made it look so.
+        A step of a larger chain never counts as shorter than one of a smaller chain, even if noise made it look so;
+        nor does a step of a larger tree among trees. A tree may take fewer draft steps than a chain.
         """
         gains = np.array([self.gain(s) for s in self.shapes])
         factors = [self.cost.correction(batch, s.nodes) for s in self.shapes]
@@ -131,9 +146,17 @@ class Policy:
                 factor * self._base(shape, load, context, *self.expected_drafts(shape, load))
                 for factor, shape in zip(factors, self.shapes[:allowed], strict=False)
             ]
-            speeds = gains[:allowed] / np.maximum.accumulate(seconds)
+            speeds = gains[:allowed] / self._at_least_smaller(np.array(seconds))
             allowed = int(np.argmax(speeds >= (1.0 - self.TIE) * speeds.max())) + 1
         return self.shapes[allowed - 1]
+
+    def _at_least_smaller(self, seconds: np.ndarray) -> np.ndarray:
+        """seconds [shapes or fewer], with each raised to the largest of the smaller shapes of its kind and of none."""
+        width = np.array([s.width for s in self.shapes[: len(seconds)]])
+        raised = np.maximum(seconds, seconds[0])
+        for kind in (width == 1, width > 1):
+            raised[kind] = np.maximum.accumulate(raised[kind])
+        return raised
 
     # -- The choice
 
@@ -198,7 +221,10 @@ class Policy:
             shape = self.shapes[1]
             few = batch + shape.nodes * self._probers(batch)
             seconds = self.cost.base(few, batch * shape.width, shape.depth, context)
-            if self._pay(seconds * self.cost.correction(batch, 0) - now):
+            # What drafting costs here is known from steps that drafted. Steps without drafts alone would say that a
+            # probe costs nothing wherever a row more does, and every other step would be one.
+            correction = max(self.cost.correction(batch, nodes) for nodes in (0, shape.nodes))
+            if self._pay(seconds * correction - now):
                 self._probe, self.probing = shape, True
                 self._turn += self._probers(batch)
 

@@ -27,6 +27,23 @@ class Shape:
 NOTHING = Shape(0, 0)
 
 
+# Trees that the policy chooses from, beside the largest one that the options allow: nodes, depth, width. The fewer rows
+# a step may verify, the narrower the best tree is (docs/decisions.md).
+TREES = (Shape(12, 4, 3), Shape(16, 5, 4), Shape(24, 6, 4), Shape(32, 6, 6), Shape(60, 6, 10))
+
+
+def menu(largest: Shape) -> tuple[Shape, ...]:
+    """All shapes inside a tree: nothing, chains up to its depth, trees of TREES that fit, and itself, ascending.
+
+    No two have equally many nodes, because vLLM tells a worker nothing but that number.
+    """
+    trees = [
+        t for t in TREES if t.nodes < largest.nodes and t.depth <= largest.depth and t.width <= largest.width
+    ]
+    by_nodes = {shape.nodes: shape for shape in (*chains(range(1, largest.depth + 1)), *trees, largest)}
+    return tuple(by_nodes[nodes] for nodes in sorted(by_nodes))
+
+
 def chains(lengths: Iterable[int]) -> tuple[Shape, ...]:
     """Chains of the given lengths, with K = 0 always among them, in ascending order."""
     return tuple(Shape(k, k) for k in sorted({0, *lengths}))

@@ -7,7 +7,8 @@ import math
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from vllm_eagle3.config import Eagle3Options
+from vllm_eagle3.config import Eagle3Options, TreeOptions
+from vllm_eagle3.policy.shape import Shape, menu
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -19,7 +20,6 @@ MOST_REQUESTS = 512  # in the widest CUDA graph, as vLLM's default
 MOST_TOKENS = (
     1024  # in a CUDA graph that drafts: FlashAttention 3 keeps 32 fp32 partial outputs a token (4 bytes each)
 )
-TREE_SHARES = (0.25, 0.5, 1.0)  # of the tree's nodes
 
 
 def install(vllm_config: VllmConfig, options: Eagle3Options) -> bool:
@@ -78,15 +78,17 @@ def _obstacle(vllm_config: VllmConfig) -> str | None:
 def _sizes(most: int, options: Eagle3Options, every: bool) -> list[int]:
     """Numbers of drafts a request that the policy may choose, from 0 to `most`.
 
-    every: all lengths of chains, and shares of a tree's nodes. Otherwise query lengths (one more than the drafts) that
+    every: all lengths of chains, and the menu of trees. Otherwise query lengths (one more than the drafts) that
     CUDA graphs can share: of chains those that divide the longest one (or twice that, if it is odd); of trees a
     quarter, a half and the whole of the largest multiple of four, for which a tree gives up three nodes at most.
     """
     if options.tree is None:
         length = most + 1 if most % 2 else 2 * (most + 1)
         return [k for k in range(most + 1) if every or length % (k + 1) == 0]
-    if every or most < 3:
-        return sorted({0, *(max(round(share * most), 1) for share in TREE_SHARES)})
+    if every:
+        return [shape.nodes for shape in menu(largest_tree(most, options.tree))]
+    if most < 3:
+        return list(range(most + 1))
     quarter = (most + 1) // 4
     return sorted({0, *(quarter * part - 1 for part in (1, 2, 4))})
 
@@ -128,6 +130,25 @@ def _multiples(lengths: list[int], above: int, most: int) -> list[int]:
     found = [n for n in range(above + 1, most + 1) if any(n % length == 0 for length in longer)]
     powers = [1 << i for i in range(min(longer).bit_length()) if above < 1 << i < min(longer)]
     return sorted({*found, *(powers if 1 in lengths else [])})
+
+
+def largest_tree(most: int, tree: TreeOptions) -> Shape:
+    """The tree of the options, cut to `most` nodes."""
+    nodes = min(most, tree.nodes)
+    return Shape(nodes, min(tree.depth, nodes), tree.topk)
+
+
+def tree_shapes(vllm_config: VllmConfig, tree: TreeOptions) -> dict[int, Shape]:
+    """Shapes by their number of nodes, where they differ in more than that from the tree of the options.
+
+    The scheduler tells the workers of nothing but that number, so both look it up here. On a GPU there are none: one
+    CUDA graph grows the tree of the options, and a smaller number takes its best nodes.
+    """
+    if vllm_config.device_config.device_type != "cpu":
+        return {}
+    assert vllm_config.speculative_config is not None
+    largest = largest_tree(vllm_config.speculative_config.num_speculative_tokens, tree)
+    return {shape.nodes: shape for shape in menu(largest)}
 
 
 def in_charge(vllm_config: VllmConfig) -> bool:

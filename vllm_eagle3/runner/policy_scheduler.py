@@ -8,6 +8,7 @@ step. Here an object that asks the policy stands in for that table. The same pro
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,7 @@ from vllm_eagle3.config import Eagle3Options
 from vllm_eagle3.policy.cost_file import CostFile, CostKey
 from vllm_eagle3.policy.policy import Policy
 from vllm_eagle3.policy.shape import NOTHING, Shape, chains
+from vllm_eagle3.runner.policy_install import largest_tree, tree_shapes
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -41,10 +43,10 @@ def build_policy(vllm_config: VllmConfig) -> tuple[Policy, CostFile]:
     )
     options = Eagle3Options.from_additional_config(vllm_config.additional_config)
     sizes = sorted({0, *(size for _, _, size in spec.num_speculative_tokens_per_batch_size)})
-    tree = options.tree
-    shapes = chains(sizes) if tree is None else [
-        Shape(n, min(tree.depth, n), tree.topk) if n else NOTHING for n in sizes
-    ]  # fmt: skip
+    shapes: Sequence[Shape] = chains(sizes)
+    if options.tree is not None:
+        known = {0: NOTHING, **tree_shapes(vllm_config, options.tree)}
+        shapes = [known.get(n) or largest_tree(n, options.tree) for n in sizes]
     file = CostFile(cost_key(vllm_config))
     return Policy(file.load(), shapes), file
 

@@ -27,22 +27,31 @@ def own_cache(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("tree", "sizes"),
-    [(None, [0, 1, 2, 3, 4, 5, 6, 7, 8]), ({"depth": 4, "topk": 3, "nodes": 8}, [0, 2, 4, 8])],
+    ("tree", "sizes", "turns"),
+    [
+        (None, [0, 1, 2, 3, 4, 5, 6, 7, 8], [8, 0, 2, 0, 0, 4, 2, 8, 4, 8]),
+        (
+            {"depth": 5, "topk": 4, "nodes": 16},
+            [0, 1, 2, 3, 4, 5, 12, 16],
+            [16, 0, 3, 12, 5, 16, 1, 0, 0, 12, 16, 2],
+        ),
+    ],
 )
-def test_every_size_after_every_other(engine, closed_form_target, tmp_path, tree, sizes):
+def test_every_size_after_every_other(engine, closed_form_target, tmp_path, tree, sizes, turns):
     draft = write_draft(tmp_path / "draft", second_best=0.5)
     options = {"policy": "auto"} | ({"tree": tree} if tree else {})
     llm = engine(
-        closed_form_target, speculative_config=speculative(draft, 8), additional_config={"eagle3": options}
+        closed_form_target,
+        speculative_config=speculative(draft, sizes[-1]),
+        additional_config={"eagle3": options},
     )
     policy = policy_of(llm)
     assert [shape.nodes for shape in policy.shapes] == sizes
-    turn = itertools.cycle([8, 0, 2, 0, 0, 4, 2, 8, 4, 8])
+    turn = itertools.cycle(turns)
     asked = []
     policy.choose = lambda batch, context: asked.append(next(turn)) or policy.by_nodes[asked[-1]]
     assert token_ids(llm, PROMPTS, GREEDY) == [greedy_text(p[-1], 24) for p in PROMPTS]
-    assert set(asked) == {0, 2, 4, 8}
+    assert set(asked) == set(turns)
 
 
 def test_left_to_itself_it_switches_a_useless_draft_off(engine, closed_form_target, tmp_path):

@@ -27,6 +27,8 @@ _stock = EngineArgs.create_speculative_config
 def create_speculative_config(self: EngineArgs, target_model_config: Any, target_parallel_config: Any) -> Any:
     """Replaces the method of this name. Without `num_speculative_tokens`, the number of the tree's nodes is taken.
 
+    So it is with the option `tree: true`, which leaves the size of trees to this project.
+
     Raises:
         CheckpointError: a draft that is broken or made for another target.
         ValueError: a bad option in `additional_config`.
@@ -35,7 +37,9 @@ def create_speculative_config(self: EngineArgs, target_model_config: Any, target
     if given.get("method", self.spec_method) == "eagle3":
         options = Eagle3Options.from_additional_config(self.additional_config)
         _warn_of_misspelled_key(self.additional_config)
-        if given.get("num_speculative_tokens", self.spec_tokens) is None and options.tree is not None:
+        trees_where_they_pay = ((self.additional_config or {}).get(KEY) or {}).get("tree") is True
+        drafts = given.get("num_speculative_tokens", self.spec_tokens)
+        if options.tree is not None and (drafts is None or trees_where_they_pay):
             self.speculative_config = given | {"num_speculative_tokens": options.tree.nodes}
         draft = given.get("model", self.spec_model)
         if draft is not None and self.load_format in WITH_WEIGHTS and not given.get("parallel_drafting"):

@@ -15,6 +15,7 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from vllm_eagle3.config import TreeOptions
 from vllm_eagle3.kernels import MOST_LOGITS, cpu
+from vllm_eagle3.runner.policy_install import largest_tree, tree_shapes
 from vllm_eagle3.runner.v2.accepted_rows import accepted_rows
 from vllm_eagle3.runner.v2.speculator import Eagle3Speculator
 from vllm_eagle3.runner.v2.tree_attention import PathMetadata
@@ -36,6 +37,8 @@ class TreeSpeculator(Eagle3Speculator):
     def __init__(self, vllm_config: VllmConfig, device: torch.device, tree: TreeOptions) -> None:
         super().__init__(vllm_config, device)
         self.tree = tree
+        self.shapes = tree_shapes(vllm_config, tree)
+        self.shape = largest_tree(self.num_speculative_steps, tree)  # of the step
         self.root_children = (  # written by the first draft step: log-probabilities and ids
             torch.zeros(self.max_num_reqs, tree.topk, device=device),
             torch.zeros(self.max_num_reqs, tree.topk, dtype=torch.int64, device=device),
@@ -126,9 +129,11 @@ class TreeSpeculator(Eagle3Speculator):
     ) -> torch.Tensor:
         """Draft ids [num_reqs, num_speculative_tokens], as upstream's; their parents go to the tree state.
 
-        Where the number of drafts depends on the batch, num_speculative_tokens cuts the tree to its best nodes.
+        Where the number of drafts depends on the batch, num_speculative_tokens names a shape of the policy's menu, or
+        else cuts the tree to its best nodes.
         """
         budget = self.num_speculative_steps if num_speculative_tokens is None else num_speculative_tokens
+        self.shape = self.shapes.get(budget) or largest_tree(self.num_speculative_steps, self.tree)
         trees = None if dummy_run else self.tree_state
         if trees is not None and trees.step is not None and trees.step.has_drafts:
             path = accepted_rows(input_batch, trees.path_rows(), self.tree.depth)
@@ -155,9 +160,9 @@ class TreeSpeculator(Eagle3Speculator):
 
     def sample_draft(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Keep the root's children. The first draft step calls this with the last row of each request."""
-        log_probs, ids = self.model.top_children(hidden_states, self.tree.topk)
-        self.root_children[0][: len(ids)] = log_probs
-        self.root_children[1][: len(ids)] = ids
+        log_probs, ids = self.model.top_children(hidden_states, self.shape.width)
+        self.root_children[0][: len(ids), : self.shape.width] = log_probs
+        self.root_children[1][: len(ids), : self.shape.width] = ids
         return self.root_children[1][: len(ids), 0]
 
     def _grow(self, input_batch: Any, nodes: int, attend: bool) -> None:
@@ -177,18 +182,18 @@ class TreeSpeculator(Eagle3Speculator):
 
     def _grow_rows(self, at: slice, nodes: int, attend: bool) -> None:
         """Grow the trees of the requests `at`. Reads and writes buffers and nothing on the host, for CUDA graphs."""
-        topk = self.tree.topk
+        depth, topk = self.shape.depth, self.shape.width
         last = self.input_buffers.positions[at]  # row that the tree grows from
         # The compiled draft was traced with ids of this dtype, and misreads ids of another.
         id_dtype = self.input_buffers.input_ids.dtype
-        growth = self.growth(self.tree.depth, topk, self.chain[at], last, self.max_model_len - 1, id_dtype)
-        log_probs, ids = self.root_children
-        level = growth.extend(log_probs[at], ids[at], self.hidden_states[at])
+        growth = self.growth(depth, topk, self.chain[at], last, self.max_model_len - 1, id_dtype)
+        log_probs, ids = (children[at, :topk] for children in self.root_children)
+        level = growth.extend(log_probs, ids, self.hidden_states[at])
         prefix = None
         if attend:
             block_table = self.block_tables.input_block_tables[self._group()][at]
             prefix = (block_table, last + 1, self.scratch_keys[at], self.scratch_values[at])
-        for _ in range(1, min(self.tree.depth, nodes)):  # a path of d nodes takes d of them
+        for _ in range(1, min(depth, nodes)):  # a path of d nodes takes d of them
             normed, states = self.draft_level(level, PathMetadata(*prefix, level.paths) if prefix else None)
             log_probs, ids = self.model.top_children(normed, topk)
             level = growth.extend(log_probs, ids, states)
