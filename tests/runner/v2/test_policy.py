@@ -33,7 +33,7 @@ def own_cache(monkeypatch, tmp_path):
         (
             {"depth": 5, "topk": 4, "nodes": 16},
             [0, 1, 2, 3, 4, 5, 12, 16],
-            [16, 0, 3, 12, 5, 16, 1, 0, 0, 12, 16, 2],
+            [16, 0, 3, 12, 5, 0, 1, 16],
         ),
     ],
 )
@@ -63,6 +63,6 @@ def test_left_to_itself_it_switches_a_useless_draft_off(engine, closed_form_targ
         additional_config={"eagle3": {"policy": "auto", "tree": {"depth": 4, "topk": 1, "nodes": 4}}},
     )
     policy = policy_of(llm)
-    for _ in range(3):
+    for _ in range(6):
         assert token_ids(llm, PROMPTS, GREEDY) == [greedy_text(p[-1], 24) for p in PROMPTS]
     assert policy.best(len(PROMPTS)).nodes == 0
