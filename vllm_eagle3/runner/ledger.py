@@ -80,6 +80,17 @@ PATCHES = (
     ),
     Patch(
         module="vllm.v1.worker.gpu_model_runner",
+        name="GPUModelRunner.sample_tokens",
+        replacement="vllm_eagle3.runner.hooks.cpu_seeds:sample_tokens",
+        upstream=UpstreamSignature(
+            "vllm.v1.worker.gpu_model_runner", "GPUModelRunner.sample_tokens", "self, grammar_output"
+        ),
+        reason="on CPU a request with a seed at temperature > 0 ends the engine when its prompt takes several steps: "
+        "upstream asks its generator for an offset, which CPU generators do not have",
+        remove_when="upstream restores the generators of discarded rows on a CPU",
+    ),
+    Patch(
+        module="vllm.v1.worker.gpu_model_runner",
         name="RejectionSampler",
         replacement="vllm_eagle3.runner.v1.greedy_rejection_sampler:GreedyRejectionSampler",
         upstream=UpstreamSignature(

@@ -24,8 +24,30 @@ def post_init(self: VllmConfig) -> None:
                 "additional_config: option 'eagle3.tree': draft trees need vLLM's V2 model runner, this engine gets "
                 f"the V1 runner {_why_v1()}. Without the option it drafts chains"
             )
+        if not self.use_v2_model_runner:
+            _refuse_on_v1(self)
         policy_install.install(self, options)
     _stock_post_init(self)
+
+
+def _refuse_on_v1(config: VllmConfig) -> None:
+    """Raises ValueError for what vLLM's V1 runner ignores in silence, or starts with and ends at.
+
+    It takes rejection method "block" for "standard". "synthetic" ends an engine on a CPU with the first drafts, and
+    pipeline stages without the last layer look for a proposer that they do not have.
+    """
+    assert config.speculative_config is not None
+    method, device = config.speculative_config.rejection_sample_method, config.device_config.device_type
+    if method == "block":
+        raise ValueError("vLLM's V1 runner has no rejection_sample_method 'block': leave it out")
+    if method == "synthetic" and device == "cpu":
+        raise ValueError(
+            "vLLM's V1 runner has no synthetic acceptance on a CPU: leave rejection_sample_method out"
+        )
+    if config.parallel_config.pipeline_parallel_size > 1:
+        raise ValueError(
+            "vLLM's V1 runner does not speculate over several pipeline stages: use tensor parallelism"
+        )
 
 
 def _why_v1() -> str:

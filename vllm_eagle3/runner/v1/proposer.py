@@ -46,6 +46,9 @@ class Eagle3Proposer(EagleProposer):
     def load_model(self, target_model: torch.nn.Module) -> None:
         super().load_model(target_model)
         if self.draft_config is not None:
+            # A target with LoRA shares a wrapped embedding, which expects the rows of the target's step.
+            model = self.model.model
+            model.embed_tokens = getattr(model.embed_tokens, "base_layer", model.embed_tokens)
             form = "graphs" if not self.direct else "direct, int8" if self.model.int8 else "direct"
             report(self.draft_config, "V1", self.vllm_config, form)
         if self.direct:
