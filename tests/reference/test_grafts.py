@@ -33,29 +33,38 @@ def fixed(tokens: list[int], parents: list[int]) -> Proposer:
 
 
 def test_a_graft_by_hand() -> None:
-    """The continuation of "1 2" is 3 4 1 2 3: it follows 3 and 4 of the tree, and 1 2 3 hang below."""
+    """The continuation of "1 2" is 3 4 1 2 3: the draft has 3 and 4 of it too, and 9 and the other 4 besides."""
     nothing: Any = None
-    tree = grafted(fixed([3, 9, 4, 4], [0, 0, 1, 2]), 5)(nothing, nothing, nothing, [1, 2, 3, 4, 1, 2])
-    assert tree == Tree([2, 3, 9, 4, 4, 1, 2, 3], [-1, 0, 0, 1, 2, 3, 5, 6])
+    propose = fixed([3, 9, 4, 4], [0, 0, 1, 2])
+    tree = grafted(propose, 5)(nothing, nothing, nothing, [1, 2, 3, 4, 1, 2])
+    assert tree == Tree([2, 3, 4, 1, 2, 3, 9, 4], [-1, 0, 1, 2, 3, 4, 0, 6])
+    tree = grafted(propose, 5, places=6)(nothing, nothing, nothing, [1, 2, 3, 4, 1, 2])
+    assert tree == Tree([2, 3, 4, 1, 2, 3, 9], [-1, 0, 1, 2, 3, 4, 0])
     tree = grafted(fixed([3], [0]))(nothing, nothing, nothing, [1, 2, 3, 4, 1])  # one token is no match
     assert tree == Tree([1, 3], [-1, 0])
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 99)), max_size=12), TEXTS.filter(bool))
-def test_the_merge_is_the_batched_one(nodes: list[tuple[int, int]], text: list[int]) -> None:
-    taken = dict.fromkeys((token, place % (i + 1)) for i, (token, place) in enumerate(nodes))
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.integers(0, 99)), max_size=12),
+    TEXTS.filter(bool),
+    st.integers(1, 20),
+)
+def test_the_merge_is_the_batched_one(nodes: list[tuple[int, int]], text: list[int], places: int) -> None:
+    taken = list[tuple[int, int]]()
+    for token, place in nodes:
+        if (token, place % (len(taken) + 1)) not in taken:  # siblings differ
+            taken.append((token, place % (len(taken) + 1)))
     tokens, parents = [token for token, _ in taken], [parent for _, parent in taken]
     nothing: Any = None
-    tree = grafted(fixed(tokens, parents), 6)(nothing, nothing, nothing, text)
+    tree = grafted(fixed(tokens, parents), 6, places=places)(nothing, nothing, nothing, text)
     continuation = torch.tensor([look_up(text, 6, 2, 8) or [-1] * 6])
-    found = graft(*(torch.tensor([column]).long() for column in (tokens, parents)), continuation)
+    grown = (torch.tensor([column]).long() for column in (tokens, parents))
+    found_tokens, found_parents = graft(*grown, continuation, places)
     used = len(tree.tokens) - 1
-    assert (found.parents >= 0).sum() == used
-    assert (found.tokens[0, :used].tolist(), found.parents[0, :used].tolist()) == (
-        tree.tokens[1:],
-        tree.parents[1:],
-    )
+    assert (found_parents >= 0).sum() == used
+    assert found_tokens[0, :used].tolist() == tree.tokens[1:]
+    assert found_parents[0, :used].tolist() == tree.parents[1:]
 
 
 @pytest.mark.parametrize("propose", [chain(4), eagle2_tree(3, 2, 6)])

@@ -1,4 +1,4 @@
-"""Grafts on a hand-drawn tree and against a literal trie (3 s)."""
+"""Grafts on a hand-drawn tree and against a literal lists of paths (3 s)."""
 
 import pytest
 import torch
@@ -8,18 +8,16 @@ from hypothesis import strategies as st
 from vllm_eagle3.tree.graft import graft
 
 
-def literal(tree, continuation):
-    """tree: (token, parent) of each node. Inserts the continuation token by token into a trie of paths."""
+def literal(tree, continuation, places, chain):
+    """tree: (token, parent) of each node. Paths in the order of the result, then the nodes they make."""
     paths = [()]
     for token, parent in tree:
         paths.append((*paths[parent], token))
-    path = ()
-    for token in continuation:
-        parent, path = paths.index(path), (*path, token)
-        if path not in paths:
-            paths.append(path)
-            tree = [*tree, (token, parent)]
-    return tree
+    graft = [tuple(continuation[:places][: i + 1]) for i in range(len(continuation[:places]))]
+    if chain and graft and paths[-1] not in [(), *graft] and graft[-1] not in paths:
+        graft = []
+    merged = [(), *graft, *(path for path in paths[1:] if path not in graft)][: places + 1]
+    return [(path[-1], merged.index(path[:-1])) for path in merged[1:]]
 
 
 @st.composite
@@ -39,19 +37,27 @@ def padded(rows, width, fill):
 
 
 @settings(max_examples=500, deadline=None)
-@given(nodes=st.integers(1, 20), length=st.integers(1, 10), data=st.data())
-def test_against_a_literal_trie(nodes, length, data):
+@given(nodes=st.integers(1, 20), length=st.integers(1, 10), places=st.integers(1, 25), data=st.data())
+def test_against_literal_paths(nodes, length, places, data):
     batch = data.draw(st.lists(trees(nodes), min_size=1, max_size=4))
+    chains = [data.draw(st.booleans()) for _ in batch]
+    batch = [
+        [(token, i) for i, (token, _) in enumerate(tree)] if c else tree
+        for tree, c in zip(batch, chains, strict=True)
+    ]
     texts = [data.draw(st.lists(st.integers(0, 3), max_size=length)) for _ in batch]
+    texts = [  # some follow a path of the tree
+        ([token for token, _ in tree] + text)[:length] if data.draw(st.booleans()) else text
+        for tree, text in zip(batch, texts, strict=True)
+    ]
     tokens = padded([[token for token, _ in tree] for tree in batch], nodes, 0)
     parents = padded([[parent for _, parent in tree] for tree in batch], nodes, -1)
-    found = graft(tokens, parents, padded(texts, length, -1))
+    found = graft(tokens, parents, padded(texts, length, -1), places, torch.tensor(chains))
     for row, (tree, text) in enumerate(zip(batch, texts, strict=True)):
-        expected = literal(tree, text)
-        width, used = nodes + length, len(expected)
-        assert found.tokens[row].tolist() == [token for token, _ in expected] + [0] * (width - used)
-        assert found.parents[row].tolist() == [parent for _, parent in expected] + [-1] * (width - used)
-        assert (found.grown[row], found.added[row]) == (len(tree), used - len(tree))
+        expected = literal(tree, text, places, chains[row])
+        width, used = places, len(expected)
+        assert found[0][row].tolist() == [token for token, _ in expected] + [0] * (width - used)
+        assert found[1][row].tolist() == [parent for _, parent in expected] + [-1] * (width - used)
 
 
 def test_hand_drawn():
@@ -61,11 +67,21 @@ def test_hand_drawn():
     #   |
     #   3 - 4 (both below 1)
     tokens, parents = torch.tensor([[7, 8, 9, 4]]), torch.tensor([[0, 0, 1, 1]])
-    found = graft(tokens, parents, torch.tensor([[7, 9, 5, 6]]))
-    assert found.tokens.tolist() == [[7, 8, 9, 4, 5, 6, 0, 0]]
-    assert found.parents.tolist() == [[0, 0, 1, 1, 3, 5, -1, -1]]
+    found = [t.tolist() for t in graft(tokens, parents, torch.tensor([[7, 9, 5, 6]]), 8)]
+    assert found == [[[7, 9, 5, 6, 8, 4, 0, 0]], [[0, 1, 2, 3, 0, 1, -1, -1]]]
+    found = [t.tolist() for t in graft(tokens, parents, torch.tensor([[7, 9, 5, 6]]), 5)]
+    assert found == [[[7, 9, 5, 6, 8]], [[0, 1, 2, 3, 0]]]  # the worst node gave up its place
+    found = [t.tolist() for t in graft(tokens, parents, torch.tensor([[-1, -1, -1, -1]]), 5)]
+    assert found == [[[7, 8, 9, 4, 0]], [[0, 0, 1, 1, -1]]]
+
+
+def test_a_chain_stays_a_chain():
+    tokens, parents = torch.tensor([[7, 8, 9]] * 3), torch.tensor([[0, 1, 2]] * 3)
+    continuations = torch.tensor([[7, 8, 9, 1], [7, 8, -1, -1], [7, 9, 9, 9]])
+    found, _ = graft(tokens, parents, continuations, 5, torch.ones(3, dtype=torch.bool))
+    assert found.tolist() == [[7, 8, 9, 1, 0], [7, 8, 9, 0, 0], [7, 8, 9, 0, 0]]
 
 
 def test_too_many_nodes():
     with pytest.raises(ValueError, match="1 to 64 nodes"):
-        graft(torch.zeros(1, 60).long(), torch.zeros(1, 60).long(), torch.zeros(1, 8).long())
+        graft(torch.zeros(1, 64).long(), torch.zeros(1, 64).long(), torch.zeros(1, 8).long(), 62)

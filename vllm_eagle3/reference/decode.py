@@ -9,7 +9,7 @@ into either.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -90,7 +90,7 @@ def eagle2_tree(depth: int, topk: int, nodes: int) -> Proposer:
     A node's value is the product of the draft's confidences on the way to it. Expansion: of each level's
     candidates the `topk` of highest value are expanded, into `topk` children each. Reranking: of all
     candidates the `nodes` of highest value are kept. A child's value never exceeds its parent's and ties go
-    to the earlier candidate, so what is kept is connected.
+    to the earlier candidate, so what is kept is connected, and a parent comes before its children.
     """
 
     def propose(draft: DraftModel, a: Tensor, kv: KV, text: list[int]) -> Tree:
@@ -117,7 +117,7 @@ def eagle2_tree(depth: int, topk: int, nodes: int) -> Proposer:
             rows = first + best
             positions = torch.full_like(rows, position + level)
             a, kv = draft.layer(draft.embed(tokens[rows]), draft.next_g(a[of]), positions, kv, mask)
-        keep = values.sort(descending=True, stable=True).indices[:nodes].sort().values.tolist()  # rerank
+        keep = values.sort(descending=True, stable=True).indices[:nodes].tolist()  # rerank: best first
         place = {-1: 0} | {candidate: node for node, candidate in enumerate(keep, 1)}
         return Tree([text[-1], *tokens[keep].tolist()], [-1, *(place[p] for p in parents[keep].tolist())])
 
@@ -145,23 +145,30 @@ def look_up(text: list[int], length: int, min_match: int, max_match: int) -> lis
     return copied[len(text) :]
 
 
-def grafted(propose: Proposer, length: int = 8, min_match: int = 2, max_match: int = 8) -> Proposer:
-    """The draft of `propose` with the looked-up continuation as a branch.
+def grafted(
+    propose: Proposer, length: int = 8, min_match: int = 2, max_match: int = 8, places: int | None = None
+) -> Proposer:
+    """The draft of `propose` with the looked-up continuation as a branch of its own, from the root on.
 
-    The branch shares the nodes that carry its tokens, and the rest of it hangs below them as one path.
+    The continuation's nodes come first, then the draft's, best first, without those that carry the same path. What
+    goes beyond `places` nodes is left out, so a graft takes the places of the likeliest draft's least likely nodes.
     """
 
     def with_graft(draft: DraftModel, a: Tensor, kv: KV, text: list[int]) -> Tree:
-        tree = propose(draft, a, kv, text)
-        tokens, parents, node = list(tree.tokens), list(tree.parents), 0
-        for token in look_up(text, length, min_match, max_match):
-            children = (child for child, parent in enumerate(parents) if parent == node)
-            shared = next((child for child in children if tokens[child] == token), None)
-            if shared is None:
-                tokens.append(token)
-                parents.append(node)
-            node = len(tokens) - 1 if shared is None else shared
-        return replace(tree, tokens=tokens, parents=parents)
+        tree, continuation = propose(draft, a, kv, text), look_up(text, length, min_match, max_match)[:places]
+        tokens, parents = [text[-1], *continuation], list(range(-1, len(continuation)))
+        number = {0: 0}  # node of the draft -> its number in the result
+        for node, parent in list(enumerate(tree.parents))[1:]:
+            above = number.get(parent, len(tokens))
+            if above < len(continuation) and continuation[above] == tree.tokens[node]:
+                number[node] = above + 1
+            elif above < len(tokens) and (places is None or len(tokens) <= places):
+                number[node] = len(tokens)
+                tokens.append(tree.tokens[node])
+                parents.append(above)
+        q = {number[node]: q for node, q in tree.q.items() if node in number}
+        drawn = {number[node] for node in tree.drawn if node in number}
+        return Tree(tokens, parents, q, frozenset(drawn - set(range(len(continuation) + 1))))
 
     return with_graft
 

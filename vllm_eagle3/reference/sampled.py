@@ -56,7 +56,7 @@ def sampled_tree(
             rows = first + best
             positions = torch.full_like(rows, position + level)
             a, kv = draft.layer(draft.embed(tokens[rows]), draft.next_g(a[of]), positions, kv, mask)
-        best = places.sort(descending=True, stable=True).indices[:nodes].sort().values
+        best = places.sort(descending=True, stable=True).indices[:nodes]
         keep = best[places[best] > 0].tolist()  # nothing was left to draw for the others
         place = {-1: 0} | {candidate: node for node, candidate in enumerate(keep, 1)}
         drawn = [place[parent] for parent in parents[keep].tolist()]
@@ -102,9 +102,9 @@ class Node:
         return token, torch.zeros_like(self.p).index_fill_(0, torch.tensor(token, device=self.p.device), 1.0)
 
     def drop(self, child: int) -> None:
-        """Draws are without replacement: the later siblings were drawn from what is left of q."""
-        if child in self.tree.drawn:
-            assert self.q is not None
+        """Draws are without replacement: the later siblings were drawn from what is left of q. The token of a graft
+        is tried before them and not again, so they are draws from q without it."""
+        if self.q is not None:
             rest = self.q.clone()
             rest[self.tree.tokens[child]] = 0
             self.q = rest / rest.sum().clamp(min=1e-30)

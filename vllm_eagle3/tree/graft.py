@@ -1,11 +1,10 @@
-"""Graft: a continuation that the look-up found becomes a branch of the grown tree.
+"""Graft: a continuation that the look-up found joins the grown tree, in as many places as a tree has.
 
-The continuation starts at the root and follows the tree for as long as a child carries its next token; what is
-left of it hangs below as one path. The new nodes come after the grown ones, so cutting the tree to its first
-nodes cuts the graft first. A graft may be deeper than the draft grows.
+The graft's nodes come first, one below the other from the root; then the nodes of the tree, best first, without
+those that carry the same path. What goes beyond the number of places is left out. So a graft takes the places of the
+tree's least likely nodes, the cost of a verification stays what it was, and a prefix of the result is the best
+smaller one, as with a grown tree. A graft may be deeper than the draft grows.
 """
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,43 +14,49 @@ from vllm_eagle3.kernels import ancestor_bits, tree_walk
 from vllm_eagle3.tree.growth import UNUSED
 
 
-class Grafted(NamedTuple):
-    """Trees with their grafts, numbered as in `growth.Tree`: node 0 is the root and has no column."""
-
-    tokens: Tensor  # [batch, nodes + length] int64, 0 for unused nodes
-    parents: Tensor  # [batch, nodes + length] int64, node numbers, -1 for unused nodes
-    grown: Tensor  # [batch] int64, nodes of the grown tree: nodes above this number are the graft's
-    added: Tensor  # [batch] int64, nodes of the graft
-
-
-def graft(tokens: Tensor, parents: Tensor, continuation: Tensor) -> Grafted:
-    """Merges a continuation into each tree.
+def graft(
+    tokens: Tensor, parents: Tensor, continuation: Tensor, places: int, chain: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Trees with their grafts: tokens and parents, int64 [batch, places], numbered as in `growth.Tree`.
 
     Args:
         tokens: int64 [batch, nodes], of grown trees as in `growth.Tree`, unused nodes last.
         parents: int64 [batch, nodes], of the same trees.
         continuation: int64 [batch, length], from its first token on what may follow the root; -1 past its end.
+        places: nodes of a tree with its graft, the root left out; at most 63.
+        chain: bool [batch], requests whose tree is a chain and has to stay one: where their graft is no longer or
+            shorter form of the chain, the chain is kept.
 
-    Raises ValueError if nodes + length is more than a tree can have (63).
+    Raises ValueError if nodes is more than a tree can have (63).
     """
-    length = continuation.shape[1]
-    tokens, parents = pad(tokens, (0, length)), pad(parents, (0, length), value=UNUSED)
+    length = min(continuation.shape[1], places)
+    continuation = continuation[:, :length]
     all_tokens, all_parents = pad(tokens, (1, 0)), pad(parents, (1, 0), value=UNUSED)  # with the root
     depth, _ = ancestor_bits(all_parents)
-    wanted = pad(continuation, (0, 1), value=-1).gather(1, depth.long().clamp(max=length))  # after each node
-    path, followed = tree_walk(all_parents, all_tokens, wanted)
-    followed = followed.long()[:, None]
-    tip = path.long().gather(1, followed)  # the last node that the continuation follows
+    depth = depth.long()
+    after = pad(continuation, (0, 1), value=-1).gather(1, depth.clamp(max=length))  # what follows each node
+    path, shared = tree_walk(all_parents, all_tokens, after)
+    shared, used = shared.long()[:, None], (parents >= 0).sum(1, keepdim=True)
+    added = (continuation >= 0).sum(1, keepdim=True)
+    if chain is not None:
+        added = added.masked_fill(chain[:, None] & (shared < torch.minimum(added, used)), 0)
 
-    grown = (parents >= 0).sum(1, keepdim=True)
-    added = (continuation >= 0).sum(1, keepdim=True) - followed
-    column = torch.arange(tokens.shape[1], device=tokens.device)
-    new = column - grown  # number of each column within the graft
-    fresh = (new >= 0) & (new < added)
-    below = continuation.gather(1, (followed + new).clamp(0, length - 1))
-    return Grafted(
-        torch.where(fresh, below, tokens),
-        torch.where(fresh, torch.where(new == 0, tip, column), parents),  # node `column` is the column before
-        grown[:, 0],
-        added[:, 0],
-    )
+    # Node numbers of the tree's nodes in the result: those on the shared path have the graft's, their depth.
+    node = torch.arange(all_parents.shape[1], device=tokens.device)
+    on_path = torch.zeros_like(all_parents, dtype=torch.bool)
+    on_path.scatter_(
+        1, torch.where((node <= shared) & (added > 0), path.long(), 0), True
+    )  # the root among them
+    others = (all_parents >= 0) & ~on_path
+    number = torch.where(on_path, depth, added + others.cumsum(1))
+    parent = number.gather(1, all_parents.clamp(min=0))
+
+    # One column more than there are places, for whatever is left out.
+    column = torch.where(others, (number - 1).clamp(max=places), places)
+    grafted = torch.arange(length, device=tokens.device)
+    fresh = grafted < added
+    new_tokens = tokens.new_zeros(len(tokens), places + 1).scatter_(1, column, all_tokens)
+    new_parents = parents.new_full((len(parents), places + 1), UNUSED).scatter_(1, column, parent)
+    new_tokens[:, :length] = torch.where(fresh, continuation, new_tokens[:, :length])
+    new_parents[:, :length] = torch.where(fresh, grafted, new_parents[:, :length])
+    return new_tokens[:, :places], new_parents[:, :places]
