@@ -18,13 +18,14 @@ SMALL = {
 
 @contextmanager
 def running(model: Any, **kwargs: Any) -> Iterator[Any]:
-    """`vllm.LLM(model, **kwargs)` over small defaults, drafting as much as it may; shut down and freed on exit."""
+    """`vllm.LLM(model, **kwargs)` over small defaults; shut down and freed on exit. It drafts as much as it may, and
+    without grafts if they are not asked for, so that what is drafted depends on the draft only."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
     from vllm_eagle3.runner.engine_memory import memory_arguments
 
-    options = {"policy": "fixed"} | kwargs.pop("additional_config", {}).get("eagle3", {})
+    options = {"policy": "fixed", "graft": False} | kwargs.pop("additional_config", {}).get("eagle3", {})
     arguments = SMALL | kwargs
     speculation = arguments.get("speculative_config") or {}
     memory = memory_arguments(

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from vllm_eagle3.config import Eagle3Options, TreeOptions, options_table
+from vllm_eagle3.config import Eagle3Options, GraftOptions, TreeOptions, options_table
 
 
 def options(value: object) -> Eagle3Options:
@@ -21,9 +21,20 @@ def test_defaults() -> None:
 
 def test_json_values() -> None:
     got = options({"aux_layers": [2, 15, 27], "tree": {"depth": 4}, "policy": "auto", "fused_kernels": False})
-    assert got == Eagle3Options((2, 15, 27), TreeOptions(depth=4, topk=10, nodes=60), "auto", False)
+    assert got == Eagle3Options((2, 15, 27), TreeOptions(depth=4, topk=10, nodes=60), True, "auto", False)
     assert isinstance(got.aux_layers, tuple)
     assert options({"tree": {}}).tree == TreeOptions(6, 10, 60)
+
+
+def test_grafts() -> None:
+    assert options({}).grafts is None, "a chain has no branches"
+    assert options({"tree": {}}).grafts == options({"tree": {}, "graft": {}}).grafts == GraftOptions(8, 2)
+    assert options({"tree": {}, "graft": False}).grafts is None
+    assert options({"tree": {}, "graft": {"length": 5}}).grafts == GraftOptions(5, 2)
+    deepest = [
+        options({"tree": {"depth": d}, "graft": g}).deepest for d, g in ((4, True), (9, True), (4, False))
+    ]
+    assert deepest == [8, 9, 4]
 
 
 def test_options_are_hashable_and_frozen() -> None:
@@ -45,7 +56,7 @@ def test_tree_limits_are_valid(limits: dict[str, int]) -> None:
     [
         (
             {"aux_layer": [1, 2, 3]},
-            ["'eagle3.aux_layer'", "aux_layers, tree, policy, fused_kernels, int8_draft"],
+            ["'eagle3.aux_layer'", "aux_layers, tree, graft, policy, fused_kernels, int8_draft"],
         ),
         ({"tree": {"depht": 4}}, ["'eagle3.tree.depht'", "depth, topk, nodes"]),
         ({"aux_layers": []}, ["'eagle3.aux_layers'", "strictly increasing", "()"]),
@@ -59,11 +70,15 @@ def test_tree_limits_are_valid(limits: dict[str, int]) -> None:
         ({"tree": {"topk": 33}}, ["'eagle3.tree.topk'", "1 to 32"]),
         ({"tree": {"nodes": 63}}, ["'eagle3.tree.nodes'", "1 to 62"]),
         ({"tree": {"nodes": 6.0}}, ["'eagle3.tree.nodes'", "found 6.0"]),
+        ({"tree": {}, "graft": {"length": 33}}, ["'eagle3.graft.length'", "1 to 32", "found 33"]),
+        ({"tree": {}, "graft": {"min": 3}}, ["'eagle3.graft.min'", "length, min_match"]),
+        ({"tree": {}, "graft": "yes"}, ["'eagle3.graft'", "true, false or an object", "'yes'"]),
+        ({"graft": {"length": 3}}, ["'eagle3.graft'", "the option 'tree' beside it"]),
         ({"tree": {"nodes": True}}, ["'eagle3.tree.nodes'", "found True"]),
         ({"policy": "greedy"}, ["'eagle3.policy'", "'auto' or 'fixed'", "'greedy'"]),
         ({"int8_draft": "no"}, ["'eagle3.int8_draft'", "true or false", "found 'no'"]),
         ({"fused_kernels": 1}, ["'eagle3.fused_kernels'", "true or false", "found 1"]),
-        ([1], ["'eagle3'", "aux_layers, tree, policy, fused_kernels, int8_draft", "[1]"]),
+        ([1], ["'eagle3'", "aux_layers, tree, graft, policy, fused_kernels, int8_draft", "[1]"]),
     ],
 )
 def test_bad_values_name_the_option(value: object, parts: list[str]) -> None:
@@ -77,6 +92,8 @@ def test_table_has_a_row_per_field() -> None:
     rows = options_table().splitlines()
     names = [row.split("`")[1] for row in rows[2:]]
     expected = [field.name for field in dataclasses.fields(Eagle3Options)]
-    assert names == expected + ["tree." + field.name for field in dataclasses.fields(TreeOptions)]
-    assert "| `tree.nodes` | int | `60` | 1 to 62 |" in rows[-1]
+    for prefix, cls in (("tree.", TreeOptions), ("graft.", GraftOptions)):
+        expected += [prefix + field.name for field in dataclasses.fields(cls)]
+    assert names == expected
+    assert any("| `tree.nodes` | int | `60` | 1 to 62 |" in row for row in rows)
     assert all(row.count("|") == 6 for row in rows)

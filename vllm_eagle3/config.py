@@ -70,6 +70,13 @@ class Eagle3Options:
         "Draft trees too. Under policy auto this is the largest tree that a step may draft: smaller trees, chains and "
         "no drafts are chosen where they are faster. true also raises num_speculative_tokens to the nodes of the tree.",
     )
+    graft: GraftOptions | bool = _option(
+        True,
+        "bool or object",
+        "true, false or an object with the keys below",
+        "With trees: what followed the newest tokens of a request before in its prompt or answer is a branch of its "
+        "tree, in the places of the least likely nodes. `num_speculative_tokens` above `tree.nodes` makes room for it.",
+    )
     policy: str = _option(
         "auto",
         "str",
@@ -102,11 +109,36 @@ class Eagle3Options:
                 self.tree,
                 f"true, false, null or an object with the keys {', '.join(_names(TreeOptions))}",
             )
+        if isinstance(self.graft, Mapping):
+            object.__setattr__(self, "graft", _from_mapping(GraftOptions, self.graft, "graft."))
+            if self.tree is None:
+                raise _bad(
+                    "graft", self.graft, "the option 'tree' beside it, because a chain has no branches"
+                )
+        if not isinstance(self.graft, bool | GraftOptions):
+            raise _bad(
+                "graft",
+                self.graft,
+                f"true, false or an object with the keys {', '.join(_names(GraftOptions))}",
+            )
         if self.policy not in POLICIES:
             raise _bad("policy", self.policy, " or ".join(map(repr, POLICIES)))
         for name in ("fused_kernels", "int8_draft"):
             if not isinstance(getattr(self, name), bool):
                 raise _bad(name, getattr(self, name), "true or false")
+
+    @property
+    def grafts(self) -> GraftOptions | None:
+        """What trees are grafted with; None for nothing."""
+        if self.tree is None or self.graft is False:
+            return None
+        return GraftOptions() if self.graft is True else self.graft
+
+    @property
+    def deepest(self) -> int:
+        """Most tokens that a verification of trees can accept: the depth of the draft, or that of a longer graft."""
+        assert self.tree is not None
+        return max(self.tree.depth, self.grafts.length if self.grafts else 0)
 
     @classmethod
     def from_additional_config(cls, additional_config: Any) -> Eagle3Options:
@@ -131,7 +163,7 @@ def cache_folder() -> Path:
 def options_table() -> str:
     """The options as a Markdown table, for the README."""
     rows = ["| option | type | default | valid | meaning |", "| --- | --- | --- | --- | --- |"]
-    for prefix, cls in (("", Eagle3Options), ("tree.", TreeOptions)):
+    for prefix, cls in (("", Eagle3Options), ("tree.", TreeOptions), ("graft.", GraftOptions)):
         for field in dataclasses.fields(cls):
             cells = (f"`{prefix}{field.name}`", field.metadata["kind"], f"`{json.dumps(field.default)}`")
             rows.append(f"| {' | '.join(cells)} | {field.metadata['valid']} | {field.metadata['help']} |")

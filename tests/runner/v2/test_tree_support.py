@@ -7,10 +7,10 @@ import torch
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
-from vllm_eagle3.config import TreeOptions
+from vllm_eagle3.config import Eagle3Options, TreeOptions
 from vllm_eagle3.runner.v2.tree_limits import needs_chain, refuse_unsupported
 
-TREE = TreeOptions(4, 3, 12)
+TREE = Eagle3Options(tree=TreeOptions(4, 3, 12), graft=False)
 
 
 def engine_config(**changes):
@@ -93,6 +93,13 @@ def test_refused_by_name(change, named):
         refuse_unsupported(engine_config(**change), TREE)
 
 
+def test_a_graft_may_be_deeper_than_the_window():
+    config = engine_config(model_config__get_sliding_window=lambda: 8)
+    refuse_unsupported(config, TREE)
+    with pytest.raises(ValueError, match="window of 8 tokens with trees of depth 8"):
+        refuse_unsupported(config, Eagle3Options(tree=TreeOptions(4, 3, 12)))
+
+
 def test_all_that_does_not_fit_is_named_at_once():
     config = engine_config(lora_config=object(), model_config__uses_mrope=True)
     with pytest.raises(ValueError, match=r"LoRA, M-RoPE; leave out the option 'tree'"):
@@ -101,7 +108,7 @@ def test_all_that_does_not_fit_is_named_at_once():
 
 def test_more_nodes_than_candidates():
     with pytest.raises(ValueError, match="at most 4 nodes"):
-        refuse_unsupported(engine_config(), TreeOptions(4, 1, 12))
+        refuse_unsupported(engine_config(), Eagle3Options(tree=TreeOptions(4, 1, 12)))
 
 
 @pytest.mark.parametrize(

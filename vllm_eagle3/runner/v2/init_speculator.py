@@ -6,7 +6,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.v1.worker.gpu.spec_decode import init_speculator as stock_init_speculator
 
-from vllm_eagle3.config import Eagle3Options, TreeOptions
+from vllm_eagle3.config import Eagle3Options
 from vllm_eagle3.model.activate import activate
 from vllm_eagle3.runner.startup_log import report, report_lookahead
 from vllm_eagle3.runner.v2.cpu_speculator import CPUSpeculator, serves
@@ -23,12 +23,14 @@ def init_speculator(vllm_config: VllmConfig, device: torch.device, req_states: A
     if options.tree is not None:
         report(draft_config, "V2", vllm_config, "tree")
         report_lookahead(vllm_config, options.tree)
-        return _tree_speculator(vllm_config, device, options.tree)
+        return _tree_speculator(vllm_config, device, options, req_states)
     report(draft_config, "V2", vllm_config, "chain")
     return (CPUSpeculator if serves(vllm_config, device) else Eagle3Speculator)(vllm_config, device)
 
 
-def _tree_speculator(vllm_config: VllmConfig, device: torch.device, tree: TreeOptions) -> Eagle3Speculator:
+def _tree_speculator(
+    vllm_config: VllmConfig, device: torch.device, options: Eagle3Options, req_states: Any
+) -> Eagle3Speculator:
     """Called before the model is built, because it selects the attention backend.
 
     Raises:
@@ -38,6 +40,7 @@ def _tree_speculator(vllm_config: VllmConfig, device: torch.device, tree: TreeOp
     from vllm_eagle3.runner.v2.select_attention import select_tree_attention
     from vllm_eagle3.runner.v2.tree_speculator import TreeSpeculator
 
-    refuse_unsupported(vllm_config, tree)
+    refuse_unsupported(vllm_config, options)
     select_tree_attention(vllm_config)
-    return (CPUTreeSpeculator if serves(vllm_config, device) else TreeSpeculator)(vllm_config, device, tree)
+    cls = CPUTreeSpeculator if serves(vllm_config, device) else TreeSpeculator
+    return cls(vllm_config, device, options, req_states)

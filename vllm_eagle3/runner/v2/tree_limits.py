@@ -2,15 +2,17 @@
 
 from typing import Any
 
-from vllm_eagle3.config import TreeOptions
+from vllm_eagle3.config import Eagle3Options
 from vllm_eagle3.tree.growth import candidates
 
 PLAIN_CACHES = ("auto", "float16", "bfloat16", "float32")
 USE_A_CHAIN = "leave out the option 'tree' to draft a chain"
 
 
-def refuse_unsupported(vllm_config: Any, tree: TreeOptions) -> None:
+def refuse_unsupported(vllm_config: Any, options: Eagle3Options) -> None:
     """Raises ValueError that names every setting of this engine that a draft tree does not support."""
+    tree, deepest = options.tree, options.deepest
+    assert tree is not None
     parallel, spec, model = (
         vllm_config.parallel_config,
         vllm_config.speculative_config,
@@ -29,8 +31,8 @@ def refuse_unsupported(vllm_config: Any, tree: TreeOptions) -> None:
         "multimodal inputs": model.supports_multimodal_inputs,
         "MLA": model.use_mla,
         "recurrent or hybrid layers (Mamba)": model.is_hybrid or model.is_attention_free,
-        f"a sliding window of {windows} tokens with depth {tree.depth}": bool(windows)
-        and windows <= tree.depth,
+        f"a sliding window of {windows} tokens with trees of depth {deepest}": bool(windows)
+        and windows <= deepest,
         "adaptive verification": spec.enable_adaptive_verification,
         "draft_sample_method 'probabilistic'": spec.draft_sample_method == "probabilistic",
         f"rejection_sample_method {spec.rejection_sample_method!r}": spec.rejection_sample_method

@@ -28,7 +28,7 @@ class TreeModelState(DefaultModelState):
         super().__init__(vllm_config, model, encoder_cache, device)
         options = Eagle3Options.from_additional_config(vllm_config.additional_config)
         assert options.tree is not None
-        self.max_depth = options.tree.depth
+        self.max_depth = options.deepest
         self.tree_state = TreeState(
             self.max_num_reqs, vllm_config.num_speculative_tokens, self.max_num_tokens, device
         )

@@ -13,10 +13,11 @@ from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGra
 from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
-from vllm_eagle3.config import TreeOptions
+from vllm_eagle3.config import Eagle3Options
 from vllm_eagle3.kernels import MOST_LOGITS, cpu
 from vllm_eagle3.runner.policy_install import largest_tree, tree_shapes
 from vllm_eagle3.runner.v2.accepted_rows import accepted_rows
+from vllm_eagle3.runner.v2.grafts import Grafts
 from vllm_eagle3.runner.v2.speculator import Eagle3Speculator
 from vllm_eagle3.runner.v2.tree_attention import PathMetadata
 from vllm_eagle3.runner.v2.tree_limits import USE_A_CHAIN
@@ -34,9 +35,15 @@ class TreeSpeculator(Eagle3Speculator):
 
     model: Any  # the draft, vllm_eagle3.model.draft
 
-    def __init__(self, vllm_config: VllmConfig, device: torch.device, tree: TreeOptions) -> None:
+    def __init__(
+        self, vllm_config: VllmConfig, device: torch.device, options: Eagle3Options, req_states: Any
+    ) -> None:
+        """req_states: the runner's RequestState, whose texts grafts are looked up in."""
         super().__init__(vllm_config, device)
-        self.tree = tree
+        assert options.tree is not None
+        self.tree = tree = options.tree
+        self.deepest = options.deepest
+        self.grafts = Grafts(options.grafts, req_states) if options.grafts else None
         self.shapes = tree_shapes(vllm_config, tree)
         self.shape = largest_tree(self.num_speculative_steps, tree)  # of the step
         self.root_children = (  # written by the first draft step: log-probabilities and ids
@@ -136,7 +143,7 @@ class TreeSpeculator(Eagle3Speculator):
         self.shape = self.shapes.get(budget) or largest_tree(self.num_speculative_steps, self.tree)
         trees = None if dummy_run else self.tree_state
         if trees is not None and trees.step is not None and trees.step.has_drafts:
-            path = accepted_rows(input_batch, trees.path_rows(), self.tree.depth)
+            path = accepted_rows(input_batch, trees.path_rows(), self.deepest)
             attn_metadata, slot_mappings = self._path_metadata(path.batch)
             input_batch = path.batch
             last_hidden_states = last_hidden_states[path.rows]
@@ -152,11 +159,18 @@ class TreeSpeculator(Eagle3Speculator):
         requests = input_batch.idx_mapping
         self.chain[:batch] = False if trees is None else trees.chain_only[requests]
         self._grow(input_batch, nodes, attend=attn_metadata is not None)
-        tokens = self.draft_tokens[:batch]
-        tokens[:, nodes:] = 0
+        drafts = self.draft_tokens[:batch]
+        tokens, parents = drafts[:, :nodes], self.parents[:batch, :nodes]
         if trees is not None:
-            trees.record_growth(requests, self.parents[:batch, :nodes])
-        return tokens
+            if self.grafts is not None:
+                longest = int(input_batch.seq_lens_cpu_upper_bound[:batch].max()) + 1
+                tokens, parents = self.grafts.merge(
+                    requests, tokens, parents, budget, self.chain[:batch], longest
+                )
+            trees.record_growth(requests, parents)
+        drafts[:, : tokens.shape[1]] = tokens
+        drafts[:, tokens.shape[1] :] = 0
+        return drafts
 
     def sample_draft(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Keep the root's children. The first draft step calls this with the last row of each request."""

@@ -1,0 +1,159 @@
+"""Grafts change no token, and reach beyond the draft where the text repeats (about 60 s)."""
+
+import random
+
+import pytest
+import torch
+from closed_form import greedy_text
+from engines import speculative, token_ids
+from vllm import SamplingParams
+
+from vllm_eagle3.reference.decode import look_up
+from vllm_eagle3.tree.acceptance import accept
+
+LENGTH = 40
+
+
+def options(depth, topk, nodes, **graft):
+    return {"eagle3": {"tree": {"depth": depth, "topk": topk, "nodes": nodes}, "graft": graft or True}}
+
+
+def params(count, **kwargs):
+    base = {"temperature": 0, "max_tokens": LENGTH, "ignore_eos": True, "detokenize": False}
+    return [
+        SamplingParams(**(base | kwargs | ({"seed": 7 + i} if "temperature" in kwargs else {})))
+        for i in range(count)
+    ]
+
+
+def counters(llm):
+    return {m.name: getattr(m, "value", getattr(m, "values", None)) for m in llm.get_metrics()}
+
+
+@pytest.mark.parametrize("shape, places", [((3, 3, 9), 9), ((3, 3, 9), 20), ((4, 1, 4), 12)])
+def test_a_prompt_that_holds_the_answer(engine, closed_form_target, closed_form_draft, shape, places):
+    """The draft is wrong on multiples of 5; each verification accepts the whole graft all the same."""
+    llm = engine(
+        closed_form_target,
+        speculative_config=speculative(closed_form_draft, places),
+        additional_config=options(*shape),
+    )
+    prompts = [[last, *greedy_text(last, 70), 2, last, *greedy_text(last, 2)] for last in (11, 300, 77)]
+    texts = token_ids(
+        llm, prompts, params(3, max_tokens=41)
+    )  # one from the prompt's step, then 9 a verification
+    assert texts == [greedy_text(last, 43)[2:] for last in (11, 300, 77)]
+    found = counters(llm)
+    assert found["vllm:spec_decode_num_drafts"] == 3 * 5
+    assert found["vllm:spec_decode_num_accepted_tokens"] == 3 * 5 * 8
+    assert found["vllm:spec_decode_num_accepted_tokens_per_pos"][:8] == [15] * 8
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    """Some repeat a part of themselves, some the start of their answer's own loop, some nothing."""
+    rng = random.Random(2)
+    texts = [[rng.randrange(512) for _ in range(n)] for n in (5, 40, 12, 90)]
+    return [*texts, *(text[:20] * 3 + text[:3] for text in texts)]
+
+
+@pytest.fixture
+def plain(engine, models, prompts):
+    """The target's own texts: greedy, and seeded at temperature 0.9."""
+    llm = engine(models[0], block_size=32)
+    greedy = token_ids(llm, prompts, params(len(prompts)))
+    sampled = token_ids(llm, prompts, params(len(prompts), temperature=0.9, top_k=4))
+    # The same prompts with their answers in front: the answer is copied.
+    answers = [p + g + p for p, g in zip(prompts, greedy, strict=True)]
+    copied = token_ids(llm, answers[:4], params(4))
+    return greedy, sampled, answers[:4], copied
+
+
+@pytest.mark.parametrize("shape, places", [((3, 4, 10), 10), ((3, 1, 3), 11)])
+def test_identity_with_preemption_and_prefix_hits(engine, models, prompts, plain, shape, places):
+    greedy, sampled, answers, copied = plain
+    llm = engine(
+        models[0],
+        speculative_config=speculative(models[1], places),
+        additional_config=options(*shape),
+        num_gpu_blocks_override=13,
+        max_num_seqs=4,
+        block_size=32,
+    )
+    assert token_ids(llm, prompts, params(len(prompts))) == greedy
+    accepted = counters(llm)["vllm:spec_decode_num_accepted_tokens"]
+    assert accepted > 0
+    assert token_ids(llm, prompts, params(len(prompts), temperature=0.9, top_k=4)) == sampled
+    assert token_ids(llm, answers, params(4)) == copied
+    found = counters(llm)
+    assert found["vllm:num_preemptions"] > 0 and found["vllm:prefix_cache_hits"] > 0
+
+
+def test_the_graft_is_the_references(engine, models, prompts, monkeypatch):
+    """Every verified tree starts with what the reference looks up in the text so far."""
+    from vllm_eagle3.runner.v2 import tree_rejection_sampler, tree_speculator
+
+    seen = []
+    original = tree_speculator.Grafts.merge
+
+    def merge(self, requests, tokens, parents, places, chain, longest):
+        merged = original(self, requests, tokens, parents, places, chain, longest)
+        for row, request in enumerate(requests.tolist()):
+            end = int(self.req_states.total_len.gpu[request])
+            if end > int(self.req_states.prefill_len.np[request]):
+                text = self.req_states.all_token_ids.gpu[request, :end].tolist()
+                seen.append((text, merged[0][row].tolist(), merged[1][row].tolist()))
+        return merged
+
+    monkeypatch.setattr(tree_speculator.Grafts, "merge", merge)
+    assert tree_rejection_sampler.accept is accept
+    llm = engine(
+        models[0],
+        speculative_config=speculative(models[1], 12),
+        additional_config=options(3, 4, 12, length=6, min_match=1),
+    )
+    texts = [p + t for p, t in zip(prompts, token_ids(llm, prompts, params(len(prompts))), strict=True)]
+    grafts = 0
+    for text, tokens, parents in seen:
+        assert any(whole[: len(text)] == text for whole in texts)
+        graft = look_up(text, 6, 1, 8)
+        grafts += bool(graft)
+        assert tokens[: len(graft)] == graft and parents[: len(graft)] == list(range(len(graft)))
+    assert grafts > 20
+
+
+def test_requests_that_need_a_chain_keep_one(engine, models, prompts, plain):
+    """With penalties the path before a row matters: the text is that of plain decoding."""
+    penalties = {"repetition_penalty": 1.3, "frequency_penalty": 0.2}
+    expected = token_ids(engine(models[0]), prompts, params(len(prompts), **penalties))
+    llm = engine(
+        models[0], speculative_config=speculative(models[1], 12), additional_config=options(3, 4, 12)
+    )
+    assert token_ids(llm, prompts, params(len(prompts), **penalties)) == expected
+
+
+def test_on_the_device_nothing_waits_for_the_host(monkeypatch):
+    """The form for GPUs on `meta` tensors, which have no values to read."""
+    from types import SimpleNamespace as Buffer
+
+    from vllm_eagle3.config import GraftOptions
+    from vllm_eagle3.runner.v2.grafts import Grafts
+    from vllm_eagle3.tree import graft as graft_module
+
+    def walk(parents, tokens, sampled):
+        return torch.zeros_like(parents, dtype=torch.int32), torch.zeros(
+            len(parents), dtype=torch.int32, device="meta"
+        )
+
+    monkeypatch.setattr(graft_module, "tree_walk", walk)  # on a GPU a kernel
+    meta = {"device": "meta", "dtype": torch.int64}
+    states = Buffer(
+        all_token_ids=Buffer(gpu=torch.zeros(4, 100, device="meta", dtype=torch.int32)),
+        total_len=Buffer(gpu=torch.zeros(4, device="meta", dtype=torch.int32)),
+    )
+    trees = torch.zeros(3, 10, **meta)
+    chain = torch.zeros(3, dtype=torch.bool, device="meta")
+    tokens, parents = Grafts(GraftOptions(), states).merge(
+        torch.zeros(3, **meta), trees, trees, 10, chain, 50
+    )
+    assert tokens.shape == parents.shape == (3, 10)
