@@ -18,8 +18,10 @@ SMALL = {
 
 @contextmanager
 def running(model: Any, **kwargs: Any) -> Iterator[Any]:
-    """`vllm.LLM(model, **kwargs)` over small defaults; shut down and freed on exit. It drafts as much as it may, and
-    without grafts if they are not asked for, so that what is drafted depends on the draft only."""
+    """`vllm.LLM(model, **kwargs)` over small defaults; shut down and freed on exit.
+
+    It drafts as much as it may, and without grafts if they are not asked for: what it drafts depends on the draft only.
+    """
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 

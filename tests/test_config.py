@@ -21,7 +21,9 @@ def test_defaults() -> None:
 
 def test_json_values() -> None:
     got = options({"aux_layers": [2, 15, 27], "tree": {"depth": 4}, "policy": "auto", "fused_kernels": False})
-    assert got == Eagle3Options((2, 15, 27), TreeOptions(depth=4, topk=10, nodes=60), True, "auto", False)
+    assert got == Eagle3Options(
+        (2, 15, 27), TreeOptions(depth=4, topk=10, nodes=60), True, "auto", "auto", False
+    )
     assert isinstance(got.aux_layers, tuple)
     assert options({"tree": {}}).tree == TreeOptions(6, 10, 60)
 
@@ -56,7 +58,10 @@ def test_tree_limits_are_valid(limits: dict[str, int]) -> None:
     [
         (
             {"aux_layer": [1, 2, 3]},
-            ["'eagle3.aux_layer'", "aux_layers, tree, graft, policy, fused_kernels, int8_draft"],
+            [
+                "'eagle3.aux_layer'",
+                "aux_layers, tree, graft, policy, draft_sampling, fused_kernels, int8_draft",
+            ],
         ),
         ({"tree": {"depht": 4}}, ["'eagle3.tree.depht'", "depth, topk, nodes"]),
         ({"aux_layers": []}, ["'eagle3.aux_layers'", "strictly increasing", "()"]),
@@ -76,9 +81,13 @@ def test_tree_limits_are_valid(limits: dict[str, int]) -> None:
         ({"graft": {"length": 3}}, ["'eagle3.graft'", "the option 'tree' beside it"]),
         ({"tree": {"nodes": True}}, ["'eagle3.tree.nodes'", "found True"]),
         ({"policy": "greedy"}, ["'eagle3.policy'", "'auto' or 'fixed'", "'greedy'"]),
+        ({"draft_sampling": "random"}, ["'eagle3.draft_sampling'", "'auto' or 'greedy'", "'random'"]),
         ({"int8_draft": "no"}, ["'eagle3.int8_draft'", "true or false", "found 'no'"]),
         ({"fused_kernels": 1}, ["'eagle3.fused_kernels'", "true or false", "found 1"]),
-        ([1], ["'eagle3'", "aux_layers, tree, graft, policy, fused_kernels, int8_draft", "[1]"]),
+        (
+            [1],
+            ["'eagle3'", "aux_layers, tree, graft, policy, draft_sampling, fused_kernels, int8_draft", "[1]"],
+        ),
     ],
 )
 def test_bad_values_name_the_option(value: object, parts: list[str]) -> None:

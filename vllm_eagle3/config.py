@@ -15,6 +15,7 @@ from typing import Any
 
 KEY = "eagle3"
 POLICIES = ("auto", "fixed")
+DRAFT_SAMPLING = ("auto", "greedy")
 
 
 def _option(default: Any, kind: str, valid: str, text: str) -> Any:
@@ -84,6 +85,14 @@ class Eagle3Options:
         '"auto" chooses 0 to num_speculative_tokens drafts per step (of a tree: its best nodes) to maximise '
         'throughput; "fixed" drafts all of them in every step.',
     )
+    draft_sampling: str = _option(
+        "auto",
+        "str",
+        " or ".join(f'"{way}"' for way in DRAFT_SAMPLING),
+        'Of chains: "auto" draws a draft from its distribution where the request samples, so that more drafts are '
+        'accepted; "greedy" always takes the likeliest. `draft_sample_method` in the speculative config wins over it. '
+        "Outputs have the same distribution either way.",
+    )
     fused_kernels: bool = _option(
         True, "bool", "true or false", "Use the fused kernels. false runs their plain PyTorch twins."
     )
@@ -123,6 +132,8 @@ class Eagle3Options:
             )
         if self.policy not in POLICIES:
             raise _bad("policy", self.policy, " or ".join(map(repr, POLICIES)))
+        if self.draft_sampling not in DRAFT_SAMPLING:
+            raise _bad("draft_sampling", self.draft_sampling, " or ".join(map(repr, DRAFT_SAMPLING)))
         for name in ("fused_kernels", "int8_draft"):
             if not isinstance(getattr(self, name), bool):
                 raise _bad(name, getattr(self, name), "true or false")

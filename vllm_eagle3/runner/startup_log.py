@@ -25,6 +25,13 @@ def report(config: DraftConfig, runner: str, vllm_config: Any, form: str) -> Non
         "up to " if speculative.uses_dynamic_speculative_decoding() else "",
         speculative.num_speculative_tokens,
     )
+    if speculative.draft_sample_method == "probabilistic" and runner == "V2":
+        requests, drafts = vllm_config.scheduler_config.max_num_seqs, speculative.num_speculative_tokens
+        size = requests * drafts * config.vocab_size * vllm_config.model_config.head_dtype.itemsize
+        logger.info(
+            "vllm-eagle3: drafts are drawn where requests sample; the draft's distributions take %.0f MB (%d requests "
+            "of %d drafts). The option draft_sampling 'greedy' does without", size / 1e6, requests, drafts,
+        )  # fmt: skip
 
 
 def report_lookahead(vllm_config: Any, tree: TreeOptions) -> None:

@@ -1,6 +1,7 @@
-"""Check the draft before anything is built, in the process that the user started.
+"""Check the draft before anything is built, and fill in what the speculative config leaves out.
 
-Also take `num_speculative_tokens` from the size of the draft tree when the user gives none.
+`num_speculative_tokens` is the size of the draft tree; `draft_sample_method` follows the option `draft_sampling`. Runs
+in the process that the user started.
 """
 
 import difflib
@@ -21,13 +22,19 @@ from vllm_eagle3.config import KEY, Eagle3Options
 logger = logging.getLogger("vllm.eagle3")
 
 WITH_WEIGHTS = ("auto", "hf", "safetensors", "pt")  # values of --load-format that read a checkpoint's files
+FORBID_DRAWING = {
+    "draft_sample_method", "rejection_sample_method", "use_heterogeneous_vocab", "use_local_argmax_reduction",
+    "parallel_drafting",
+}  # fmt: skip
+"""Keys of the speculative config that say how drafts are sampled, or that vLLM refuses together with drawn ones."""
 _stock = EngineArgs.create_speculative_config
 
 
 def create_speculative_config(self: EngineArgs, target_model_config: Any, target_parallel_config: Any) -> Any:
     """Replaces the method of this name. Without `num_speculative_tokens`, the number of the tree's nodes is taken.
 
-    So it is with the option `tree: true`, which leaves the size of trees to this project.
+    So it is with the option `tree: true`, which leaves the size of trees to this project. Without
+    `draft_sample_method`, chains draw their drafts.
 
     Raises:
         CheckpointError: a draft that is broken or made for another target.
@@ -40,7 +47,11 @@ def create_speculative_config(self: EngineArgs, target_model_config: Any, target
         trees_where_they_pay = ((self.additional_config or {}).get(KEY) or {}).get("tree") is True
         drafts = given.get("num_speculative_tokens", self.spec_tokens)
         if options.tree is not None and (drafts is None or trees_where_they_pay):
-            self.speculative_config = given | {"num_speculative_tokens": options.tree.nodes}
+            given["num_speculative_tokens"] = options.tree.nodes
+        if options.tree is None and options.draft_sampling == "auto" and not FORBID_DRAWING & set(given):
+            given["draft_sample_method"] = "probabilistic"
+        if given != (self.speculative_config or {}):
+            self.speculative_config = given
         draft = given.get("model", self.spec_model)
         if draft is not None and self.load_format in WITH_WEIGHTS and not given.get("parallel_drafting"):
             _check(str(draft), given.get("revision"), target_model_config, options)

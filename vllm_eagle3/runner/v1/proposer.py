@@ -74,6 +74,12 @@ class Eagle3Proposer(EagleProposer):
         ids, draft_probs = compute_probs_and_sample_next_token(
             logits, sampling_metadata, self.use_fp64_gumbel
         )
+        for seeded in (
+            sampling_metadata.generators
+        ):  # upstream's draws know no seeds: these requests draft the best token
+            ids[seeded] = draft_probs[seeded].argmax()
+            draft_probs[seeded] = 0.0
+            draft_probs[seeded, ids[seeded]] = 1.0
         if self.model.draft_to_target is None:
             return ids, draft_probs
         probs = draft_probs.new_zeros(len(ids), self.model.config.vocab_size)

@@ -43,7 +43,6 @@ class CPUSpeculator(Eagle3Speculator):
         super().__init__(vllm_config, device)
         self.may_stop = (
             in_charge(vllm_config)
-            and self.draft_logits is None
             and not vllm_config.scheduler_config.async_scheduling  # which has promised the drafts already
             and vllm_config.parallel_config.world_size == 1  # otherwise no rank sees all logits
         )
@@ -82,6 +81,8 @@ class CPUSpeculator(Eagle3Speculator):
             self.last_token_indices, self.current_draft_step, self.input_buffers, input_batch, num_sampled,
             num_rejected, last_sampled, next_prefill_tokens, self.max_num_reqs,
         )  # fmt: skip
+        greedy = not bool(self.temperature[input_batch.idx_mapping].any())
+        may_stop = self.may_stop and (greedy or self.draft_logits is None)
         most = self.num_speculative_steps if num_speculative_tokens is None else num_speculative_tokens
         drafts = self.draft_tokens[:batch]
         drafts.fill_(NOT_DRAFTED)
@@ -104,12 +105,12 @@ class CPUSpeculator(Eagle3Speculator):
             first,
             most,
             lambda index, ids, state: self._next_step(batch, longest, index, ids, state),
-            lambda index, states: self._sample(batch, first_positions, index, states),
-            self.may_stop,
+            lambda index, states: self._sample(batch, first_positions, index, states, greedy),
+            may_stop,
         )
         made = torch.stack(chain.ids, dim=1)
         drafts[:, : made.shape[1]] = made
-        if self.may_stop:
+        if may_stop:
             drafts.masked_fill_(torch.arange(drafts.shape[1]) >= chain.lengths[:, None], NOT_DRAFTED)
         return drafts
 
@@ -136,8 +137,10 @@ class CPUSpeculator(Eagle3Speculator):
         )
 
     def _sample(
-        self, batch: int, first_positions: torch.Tensor, index: int, hidden_states: torch.Tensor
+        self, batch: int, first_positions: torch.Tensor, index: int, hidden_states: torch.Tensor, greedy: bool
     ) -> torch.Tensor:
+        if greedy:  # no request of the batch samples, and nothing reads the draft's distribution
+            return self.model.get_top_tokens(hidden_states)
         # A draw is keyed by the position before the sampled token: one behind the row that the first step drafts from.
         return self.sample_draft(
             hidden_states,
