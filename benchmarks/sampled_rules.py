@@ -25,8 +25,7 @@ from tqdm import tqdm
 
 from vllm_eagle3.evaluation.demo_models import default_pair
 from vllm_eagle3.evaluation.engines import ReferenceEngine
-from vllm_eagle3.evaluation.settings import EvalSettings
-from vllm_eagle3.evaluation.worker import tasks
+from vllm_eagle3.evaluation.settings import EvalSettings, load_tasks
 from vllm_eagle3.provenance import provenance
 from vllm_eagle3.reference.decode import Proposer, Target, Tree, chain, decode, eagle2_tree, grafted
 from vllm_eagle3.reference.sampled import Node, accept_top_down, residual, sampled_tree
@@ -126,7 +125,7 @@ def make_texts(engine: ReferenceEngine, settings: EvalSettings) -> list[Text]:
     """The target's sampled answers to the first turns."""
     noise = torch.Generator().manual_seed(0)
     found = list[Text]()
-    for task, prompts in tasks(settings).items():
+    for task, prompts in load_tasks(settings).items():
         for prompt in tqdm(prompts, desc=task):
             ids = engine.tokenizer.apply_chat_template(
                 [{"role": "user", "content": prompt.turns[0]}], add_generation_prompt=True, return_dict=False

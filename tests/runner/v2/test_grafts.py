@@ -85,6 +85,8 @@ def test_identity_with_preemption_and_prefix_hits(engine, models, prompts, plain
     assert accepted > 0
     assert token_ids(llm, prompts, params(len(prompts), temperature=0.9, top_k=4)) == sampled
     assert token_ids(llm, answers, params(4)) == copied
+    for _ in range(2):
+        assert token_ids(llm, answers[1:2], params(1)) == copied[1:2]
     found = counters(llm)
     assert found["vllm:num_preemptions"] > 0 and found["vllm:prefix_cache_hits"] > 0
 
@@ -115,7 +117,9 @@ def test_the_graft_is_the_references(engine, models, prompts, monkeypatch):
     texts = [p + t for p, t in zip(prompts, token_ids(llm, prompts, params(len(prompts))), strict=True)]
     grafts = 0
     for text, tokens, parents in seen:
-        assert any(whole[: len(text)] == text for whole in texts)
+        assert any(
+            whole[: len(text)] == text[: len(whole)] for whole in texts
+        )  # the last step goes beyond the end
         graft = look_up(text, 6, 1, 8)
         grafts += bool(graft)
         assert tokens[: len(graft)] == graft and parents[: len(graft)] == list(range(len(graft)))

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 
 from vllm_eagle3.kernels import cpu
-from vllm_eagle3.runner.v2.cpu_speculator import CPUSpeculator
+from vllm_eagle3.runner.v2.cpu_speculator import NOT_DRAFTED, CPUSpeculator
 from vllm_eagle3.runner.v2.tree_attention import PathMetadata
 from vllm_eagle3.runner.v2.tree_speculator import TreeSpeculator
-from vllm_eagle3.tree.growth import Growth
+from vllm_eagle3.tree.growth import UNUSED, Growth
 
 
 class CPUTreeSpeculator(TreeSpeculator, CPUSpeculator):
@@ -21,6 +21,12 @@ class CPUTreeSpeculator(TreeSpeculator, CPUSpeculator):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.growth = cpu.Growth if cpu.native() else Growth
+
+    def mark_unused(self, drafts: torch.Tensor, requests: torch.Tensor) -> None:
+        """Unused nodes become NOT_DRAFTED, so that the scheduler does not have them verified."""
+        if self.tree_state is not None and not self.vllm_config.scheduler_config.async_scheduling:
+            parents = self.tree_state.parents[requests, 1 : drafts.shape[1] + 1]
+            drafts.masked_fill_(parents == UNUSED, NOT_DRAFTED)
 
     def first_step(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """The first draft step; its states are kept, because the tree grows from them."""

@@ -170,7 +170,12 @@ class TreeSpeculator(Eagle3Speculator):
             trees.record_growth(requests, parents)
         drafts[:, : tokens.shape[1]] = tokens
         drafts[:, tokens.shape[1] :] = 0
+        if trees is not None:
+            self.mark_unused(drafts, requests)
         return drafts
+
+    def mark_unused(self, drafts: torch.Tensor, requests: torch.Tensor) -> None:
+        """Unused nodes have token 0: what is promised to the scheduler is read as it is."""
 
     def sample_draft(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Keep the root's children. The first draft step calls this with the last row of each request."""
