@@ -102,8 +102,10 @@ class Node:
         return token, torch.zeros_like(self.p).index_fill_(0, torch.tensor(token, device=self.p.device), 1.0)
 
     def drop(self, child: int) -> None:
-        """Draws are without replacement: the later siblings were drawn from what is left of q. The token of a graft
-        is tried before them and not again, so they are draws from q without it."""
+        """The later siblings were drawn from what is left of q, because draws are without replacement.
+
+        The token of a graft is tried before them and not again, so they are draws from q without it.
+        """
         if self.q is not None:
             rest = self.q.clone()
             rest[self.tree.tokens[child]] = 0

@@ -30,7 +30,7 @@ def counters(llm):
     return {m.name: getattr(m, "value", getattr(m, "values", None)) for m in llm.get_metrics()}
 
 
-@pytest.mark.parametrize("shape, places", [((3, 3, 9), 9), ((3, 3, 9), 20), ((4, 1, 4), 12)])
+@pytest.mark.parametrize(("shape", "places"), [((3, 3, 9), 16), ((3, 3, 9), 20), ((4, 1, 4), 15)])
 def test_a_prompt_that_holds_the_answer(engine, closed_form_target, closed_form_draft, shape, places):
     """The draft is wrong on multiples of 5; each verification accepts the whole graft all the same."""
     llm = engine(
@@ -69,7 +69,7 @@ def plain(engine, models, prompts):
     return greedy, sampled, answers[:4], copied
 
 
-@pytest.mark.parametrize("shape, places", [((3, 4, 10), 10), ((3, 1, 3), 11)])
+@pytest.mark.parametrize(("shape", "places"), [((3, 4, 10), 10), ((3, 1, 3), 11)])
 def test_identity_with_preemption_and_prefix_hits(engine, models, prompts, plain, shape, places):
     greedy, sampled, answers, copied = plain
     llm = engine(

@@ -13,8 +13,10 @@ class Grafts:
     """Looks up continuations in the runner's own token buffers, on the device, and merges them into grown trees."""
 
     def __init__(self, options: GraftOptions, req_states: Any) -> None:
-        """req_states: the runner's RequestState. When trees grow it holds each prompt and answer, with the tokens
-        that the last step accepted and sampled."""
+        """req_states: the runner's RequestState.
+
+        When trees grow it holds each prompt and answer, with the tokens that the last step accepted and sampled.
+        """
         self.options, self.req_states = options, req_states
 
     def merge(
@@ -35,5 +37,6 @@ class Grafts:
         states, options = self.req_states, self.options
         texts = states.all_token_ids.gpu[requests, :longest]
         ends = states.total_len.gpu[requests].clamp(max=longest)
-        found = look_up(texts, ends, options.length, options.min_match)
+        length = min(options.length, (places + 1) // 2)  # a weak match must not displace a small tree
+        found = look_up(texts, ends, length, options.min_match)
         return graft(tokens, parents, found.tokens, places, chain)
