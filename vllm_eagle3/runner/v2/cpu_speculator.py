@@ -139,7 +139,9 @@ class CPUSpeculator(Eagle3Speculator):
     def _sample(
         self, batch: int, first_positions: torch.Tensor, index: int, hidden_states: torch.Tensor, greedy: bool
     ) -> torch.Tensor:
-        if greedy:  # no request of the batch samples, and nothing reads the draft's distribution
+        if (
+            greedy and self.draft_logits is not None
+        ):  # no request samples, and nothing reads the draft's distribution
             return self.model.get_top_tokens(hidden_states)
         # A draw is keyed by the position before the sampled token: one behind the row that the first step drafts from.
         return self.sample_draft(
