@@ -22,7 +22,7 @@ def test_defaults() -> None:
 def test_json_values() -> None:
     got = options({"aux_layers": [2, 15, 27], "tree": {"depth": 4}, "policy": "auto", "fused_kernels": False})
     assert got == Eagle3Options(
-        (2, 15, 27), TreeOptions(depth=4, topk=10, nodes=60), True, "auto", "auto", False
+        (2, 15, 27), TreeOptions(depth=4, topk=10, nodes=60), True, "auto", "greedy", False
     )
     assert isinstance(got.aux_layers, tuple)
     assert options({"tree": {}}).tree == TreeOptions(6, 10, 60)

@@ -86,7 +86,7 @@ class Eagle3Options:
         'throughput; "fixed" drafts all of them in every step.',
     )
     draft_sampling: str = _option(
-        "auto",
+        "greedy",
         "str",
         " or ".join(f'"{way}"' for way in DRAFT_SAMPLING),
         'Of chains: "auto" draws a draft from its distribution where the request samples, so that more drafts are '
