@@ -16,6 +16,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize
 
 def test_trees_on_gpu_kernels(engine, tmp_path, monkeypatch):
     from vllm_eagle3 import kernels
+    from vllm_eagle3.kernels import split_kv
     from vllm_eagle3.model.draft import Eagle3LlamaDraft
     from vllm_eagle3.runner.v2 import tree_attention
 
@@ -33,9 +34,7 @@ def test_trees_on_gpu_kernels(engine, tmp_path, monkeypatch):
             return "triton"
 
         monkeypatch.setattr(sys.modules[getattr(kernels, name).__module__], "choose_backend", triton)
-    monkeypatch.setattr(
-        sys.modules[kernels.tree_attention.__module__], "num_sms", lambda device: 8
-    )  # few programs
+    monkeypatch.setattr(split_kv, "num_sms", lambda device: 8)  # few programs
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(Eagle3LlamaDraft, "_fuses_head", lambda self, x: True)
 
