@@ -33,7 +33,7 @@ class Policy:
     MAX_CREDIT = 8.0  # steps' worth of probing that can be saved up
     PROBE_FLOOR = 0.8  # neighbours expected to be slower than this share of the current speed are not probed
 
-    # A tree of n nodes misses MISSES * n ** MISSES_POWER times as often as a chain: 0.75 with 16 nodes, 0.6 with 60.
+    # Guess: a tree of n nodes misses MISSES * n ** MISSES_POWER times as often as a chain (16: 0.75, 60: 0.6).
     MISSES, MISSES_POWER = 1.2, -0.17
     TREE_PRIOR = 12.0  # observations that this is worth
 
