@@ -11,7 +11,8 @@ import pytest
 
 from vllm_eagle3.prompts import Prompt, load_prompts
 from vllm_eagle3.training import generate
-from vllm_eagle3.training.generate import GenerateSettings, ShardWriter, conversations, done_keys, shards
+from vllm_eagle3.training.answer_shards import ShardWriter, done_keys, shards
+from vllm_eagle3.training.generate import GenerateSettings, conversations
 
 
 def write(path: Path, rows: list[Any]) -> Path:

@@ -1,15 +1,9 @@
-"""The target's own answers to prompts, as token ids: the text a draft is trained on.
+"""Let the target answer prompts: the text that a draft is trained on, as token ids (`answer_shards` writes it).
 
-Each answer is one row, in the order of the conversation, with everything the model read before it:
-    {"id", "source", "turn", "sample", "temperature",
-     "prompt_token_ids", "response_token_ids", "finish_reason"}
-The loss mask is 0 on `prompt_token_ids`, 1 on `response_token_ids`. Rows are written as shards
-`part-00000.jsonl.gz`, each in one atomic step: a killed run loses one shard at most, the same command goes on.
+A run that was killed is resumed by the same command; at most one shard of answers is lost.
 """
 
 import argparse
-import gzip
-import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,16 +12,16 @@ from typing import Any
 
 from tqdm import tqdm
 
-from vllm_eagle3.prompts import Prompt, load_prompts, read_rows
+from vllm_eagle3.prompts import Prompt, load_prompts
+from vllm_eagle3.training.answer_shards import Row, ShardWriter, done_keys, shards
 
 logger = logging.getLogger(__name__)
-Row = dict[str, Any]
-MIN_ROOM = 16  # tokens: an answer that can't be at least this long is not worth asking for
+MIN_ROOM = 16  # tokens: a prompt that leaves less room than this for its answer is skipped
 
 
 @dataclass(frozen=True)
 class GenerateSettings:
-    """What is generated and how. `temperatures` alternate over prompts (and over the samples of a prompt)."""
+    """Which prompts are answered, and how. Prompts, and samples of a prompt, take the `temperatures` in turn."""
 
     target: str
     data: tuple[str, ...]
@@ -42,7 +36,7 @@ class GenerateSettings:
     max_model_len: int = 4096
     max_num_seqs: int = 128
     shard_rows: int = 256
-    part: int = 0  # this process answers conversations part, part + parts, ... of all
+    part: int = 0  # this process answers the conversations part, part + parts, part + 2 * parts, ...
     parts: int = 1
     dtype: Any = "bfloat16"  # as vLLM's
     enforce_eager: bool = False
@@ -59,7 +53,7 @@ class GenerateSettings:
 
 @dataclass
 class Conversation:
-    """One prompt being answered: which turn is next, and the rows made so far."""
+    """A prompt that is being answered: the messages so far, and one row for each answered turn."""
 
     prompt: Prompt
     sample: int
@@ -76,45 +70,10 @@ class Conversation:
         return self.prompt.id, self.sample
 
 
-class ShardWriter:
-    """Writes rows to numbered shards of `out`; a shard appears whole or not at all."""
-
-    def __init__(self, out: Path, shard_rows: int, part: int = 0, parts: int = 1) -> None:
-        self.out, self.shard_rows, self.rows = out, shard_rows, list[Row]()
-        out.mkdir(parents=True, exist_ok=True)
-        last = max((int(p.name[5:10]) for p in shards(out)), default=-1)
-        # Numbers that leave the remainder `part`: processes side by side never write the same shard.
-        self.step, self.next = parts, last + 1 + (part - last - 1) % parts
-
-    def add(self, rows: list[Row]) -> None:
-        self.rows += rows
-        if len(self.rows) >= self.shard_rows:
-            self.flush()
-
-    def flush(self) -> None:
-        if not self.rows:
-            return
-        path = self.out / f"part-{self.next:05d}.jsonl.gz"
-        temporary = path.with_suffix(".tmp")
-        with gzip.open(temporary, "wt", encoding="utf-8", compresslevel=6) as file:
-            file.writelines(json.dumps(row, separators=(",", ":")) + "\n" for row in self.rows)
-        temporary.replace(path)
-        self.rows, self.next = [], self.next + self.step
-
-
-def shards(out: Path) -> list[Path]:
-    return sorted(out.glob("part-[0-9][0-9][0-9][0-9][0-9].jsonl.gz"))
-
-
-def done_keys(files: list[Path]) -> set[tuple[str, int]]:
-    """(id, sample) of every row of `files`: a conversation's rows are written together."""
-    return {(row["id"], row.get("sample", 0)) for path in files for _, row in read_rows(path)}
-
-
 def conversations(settings: GenerateSettings) -> list[Conversation]:
-    """What is to be answered: all prompts x samples, less what is done or excluded.
+    """The conversations still to be answered: all prompts x samples without the excluded and the answered ones.
 
-    A prompt's temperatures follow from its place in the data, so that a resumed run makes the same choice.
+    A prompt's place in the data decides its temperatures, so that a resumed run chooses the same ones.
     """
     prompts = [p for data in settings.data for p in load_prompts(data)]
     prompts = prompts[: len(prompts) - settings.skip_last]
@@ -137,7 +96,7 @@ def conversations(settings: GenerateSettings) -> list[Conversation]:
 
 
 def answer(llm: Any, todo: list[Conversation], settings: GenerateSettings) -> Iterator[Conversation]:
-    """Yields each conversation when its last turn is answered; keeps the engine's batch full meanwhile."""
+    """Yield each conversation as soon as its last turn is answered, while the engine's batch stays full."""
     from vllm import SamplingParams
 
     engine, tokenizer = llm.llm_engine, llm.get_tokenizer()
@@ -145,7 +104,7 @@ def answer(llm: Any, todo: list[Conversation], settings: GenerateSettings) -> It
     waiting = iter(todo)
 
     def ask(conversation: Conversation) -> bool:
-        """Sends the next turn. False if no turn is left, or no room for an answer."""
+        """Send the next turn to the engine. Returns False if no turn is left, or no room for an answer."""
         turn = len(conversation.rows)
         if turn == len(conversation.prompt.turns):
             return False
@@ -163,7 +122,7 @@ def answer(llm: Any, todo: list[Conversation], settings: GenerateSettings) -> It
         return True
 
     while True:
-        # one batch waits in the engine, so that a place is taken as soon as it is free
+        # The engine holds a second batch in waiting: it fills each place as soon as a request finishes.
         while len(running) < 2 * settings.max_num_seqs and (new := next(waiting, None)) is not None:
             if not ask(new):
                 yield new
@@ -191,7 +150,7 @@ def answer(llm: Any, todo: list[Conversation], settings: GenerateSettings) -> It
 
 
 def generate(settings: GenerateSettings) -> int:
-    """Answers what is not yet answered, into shards of `settings.out`. Returns the answer tokens made.
+    """Write the missing answers to shards in `settings.out`. Returns the number of generated tokens.
 
     Raises:
         ValueError: bad prompts or settings.
@@ -216,14 +175,11 @@ def generate(settings: GenerateSettings) -> int:
             batch_size=settings.max_num_seqs,
             max_model_len=settings.max_model_len,
             dtype=settings.dtype,
-            least=1,  # few answers are as long as they may be
+            least=1,  # few answers reach the greatest length
         ),
     )
-    writer, tokens, skipped = (
-        ShardWriter(settings.out, settings.shard_rows, settings.part, settings.parts),
-        0,
-        0,
-    )
+    writer = ShardWriter(settings.out, settings.shard_rows, settings.part, settings.parts)
+    tokens, skipped = 0, 0
     progress = tqdm(total=len(todo), unit="conversation", desc=settings.out.name, smoothing=0.05)
     try:
         for conversation in answer(llm, todo, settings):
@@ -239,7 +195,7 @@ def generate(settings: GenerateSettings) -> int:
         progress.close()
     if skipped:
         logger.warning(
-            "%d of %d prompts left unanswered: no room for %d tokens within max_model_len %d",
+            "%d of %d prompts skipped: they leave less than %d tokens for an answer within max_model_len %d",
             skipped,
             len(todo),
             MIN_ROOM,
@@ -257,22 +213,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="prompts: .jsonl or .json (.gz) with `turns`, `conversations` or `messages`, "
         "or a data set's name",
     )
-    parser.add_argument("--out", required=True, type=Path, help="directory of the shards, resumed if there")
-    parser.add_argument("--sources", help="comma-separated: only prompts of these sources")
     parser.add_argument(
-        "--exclude", nargs="*", default=[], metavar="FILE", help="answer files whose prompts are left out"
+        "--out", required=True, type=Path, help="directory of the shards; a run that stopped early is resumed"
+    )
+    parser.add_argument("--sources", help="only prompts of these sources, separated by commas")
+    parser.add_argument(
+        "--exclude", nargs="*", default=[], metavar="FILE", help="skip the prompts that these files answer"
     )
     parser.add_argument("--skip-last", type=int, default=0, help="leave out the last N prompts (validation)")
     parser.add_argument("--limit", type=int, help="at most this many conversations")
-    parser.add_argument("--temperatures", default="0,1", help="alternating; default: %(default)s")
+    parser.add_argument("--temperatures", default="0,1", help="taken in turn; default: %(default)s")
     for name, text in (
         ("samples", "answers per prompt"),
         ("max_tokens", "new tokens per answer"),
         ("max_model_len", "prompt and answer, tokens"),
         ("max_num_seqs", "answers at a time"),
         ("shard_rows", "rows per file"),
-        ("part", "of the conversations, this process's"),
-        ("parts", "processes that share them"),
+        ("part", "number of this process among those that share the prompts, from 0"),
+        ("parts", "number of processes that share the prompts"),
     ):
         default = getattr(GenerateSettings, name)
         option = f"--{name.replace('_', '-')}"
