@@ -27,7 +27,9 @@ def running(model: Any, **kwargs: Any) -> Iterator[Any]:
 
     from vllm_eagle3.runner.engine_memory import memory_arguments
 
-    options = {"policy": "fixed", "graft": False} | kwargs.pop("additional_config", {}).get("eagle3", {})
+    options = {"policy": "fixed", "graft": False, "draft_sampling": "greedy"} | kwargs.pop(
+        "additional_config", {}
+    ).get("eagle3", {})
     arguments = SMALL | kwargs
     speculation = arguments.get("speculative_config") or {}
     memory = memory_arguments(

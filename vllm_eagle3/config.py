@@ -89,9 +89,9 @@ class Eagle3Options:
         "greedy",
         "str",
         " or ".join(f'"{way}"' for way in DRAFT_SAMPLING),
-        'Of chains: "auto" draws a draft from its distribution where the request samples, so that more drafts are '
-        'accepted; "greedy" always takes the likeliest. `draft_sample_method` in the speculative config wins over it. '
-        "Outputs have the same distribution either way.",
+        '"auto" draws a draft from its distribution where the request samples, so that more drafts are accepted (of '
+        'trees on a CPU only, and without a seed); "greedy" always takes the likeliest. `draft_sample_method` in the '
+        "speculative config wins over it for chains. Outputs have the same distribution either way.",
     )
     fused_kernels: bool = _option(
         True, "bool", "true or false", "Use the fused kernels. false runs their plain PyTorch twins."

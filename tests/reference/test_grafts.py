@@ -60,7 +60,7 @@ def test_the_merge_is_the_batched_one(nodes: list[tuple[int, int]], text: list[i
     tree = grafted(fixed(tokens, parents), 6, places=places)(nothing, nothing, nothing, text)
     continuation = torch.tensor([look_up(text, 6, 2, 8) or [-1] * 6])
     grown = (torch.tensor([column]).long() for column in (tokens, parents))
-    found_tokens, found_parents = graft(*grown, continuation, places)
+    found_tokens, found_parents, *_ = graft(*grown, continuation, places)
     used = len(tree.tokens) - 1
     assert (found_parents >= 0).sum() == used
     assert found_tokens[0, :used].tolist() == tree.tokens[1:]

@@ -58,6 +58,12 @@ def test_against_literal_paths(nodes, length, places, data):
         width, used = places, len(expected)
         assert found[0][row].tolist() == [token for token, _ in expected] + [0] * (width - used)
         assert found[1][row].tolist() == [parent for _, parent in expected] + [-1] * (width - used)
+        paths, merged = [()], [()]
+        for nodes_of, out in ((tree, paths), (expected, merged)):
+            for token, parent in nodes_of:
+                out.append((*out[parent], token))
+        numbers = [merged.index(path) if path in merged else places + 1 for path in paths]
+        assert found.number[row, : len(paths)].tolist() == numbers
 
 
 def test_hand_drawn():
@@ -67,19 +73,19 @@ def test_hand_drawn():
     #   |
     #   3 - 4 (both below 1)
     tokens, parents = torch.tensor([[7, 8, 9, 4]]), torch.tensor([[0, 0, 1, 1]])
-    found = [t.tolist() for t in graft(tokens, parents, torch.tensor([[7, 9, 5, 6]]), 8)]
+    found = [t.tolist() for t in graft(tokens, parents, torch.tensor([[7, 9, 5, 6]]), 8)[:2]]
     assert found == [[[7, 9, 5, 6, 8, 4, 0, 0]], [[0, 1, 2, 3, 0, 1, -1, -1]]]
-    found = [t.tolist() for t in graft(tokens, parents, torch.tensor([[7, 9, 5, 6]]), 5)]
+    found = [t.tolist() for t in graft(tokens, parents, torch.tensor([[7, 9, 5, 6]]), 5)[:2]]
     assert found == [[[7, 9, 5, 6, 8]], [[0, 1, 2, 3, 0]]]  # the worst node gave up its place
-    found = [t.tolist() for t in graft(tokens, parents, torch.tensor([[-1, -1, -1, -1]]), 5)]
+    found = [t.tolist() for t in graft(tokens, parents, torch.tensor([[-1, -1, -1, -1]]), 5)[:2]]
     assert found == [[[7, 8, 9, 4, 0]], [[0, 0, 1, 1, -1]]]
 
 
 def test_a_chain_stays_a_chain():
     tokens, parents = torch.tensor([[7, 8, 9]] * 3), torch.tensor([[0, 1, 2]] * 3)
     continuations = torch.tensor([[7, 8, 9, 1], [7, 8, -1, -1], [7, 9, 9, 9]])
-    found, _ = graft(tokens, parents, continuations, 5, torch.ones(3, dtype=torch.bool))
-    assert found.tolist() == [[7, 8, 9, 1, 0], [7, 8, 9, 0, 0], [7, 8, 9, 0, 0]]
+    found = graft(tokens, parents, continuations, 5, torch.ones(3, dtype=torch.bool))
+    assert found.tokens.tolist() == [[7, 8, 9, 1, 0], [7, 8, 9, 0, 0], [7, 8, 9, 0, 0]]
 
 
 def test_too_many_nodes():

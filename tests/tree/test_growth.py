@@ -76,7 +76,7 @@ def test_tree_equals_literal_reference(firsts, depth, topk, nodes, tied, seed):
     for row, first in enumerate(firsts):
         expected = reference_tree(first, depth, topk, nodes, tied, chain[row])
         used = len(expected)
-        found = list(zip(*(column[row].tolist() for column in tree), strict=True))
+        found = list(zip(*(column[row].tolist() for column in tree[:3]), strict=True))
         assert found[:used] == [(t, p, float(s)) for t, p, s in expected]
         assert all(rest == (0, -1, float("-inf")) for rest in found[used:])
         # Connected, and in topological order: each parent is the root or an earlier node.
@@ -87,7 +87,7 @@ def test_a_prefix_of_a_tree_is_the_smaller_tree():
     big = grown_tree([3, 4], 4, 3, 30, False, [False, False])
     small = grown_tree([3, 4], 4, 3, 9, False, [False, False])
     for found, expected in zip(big, small, strict=True):
-        assert torch.equal(found[:, :9], expected)
+        assert torch.equal(found[:, : expected.shape[1]], expected)
 
 
 def test_a_chain_request_keeps_the_greedy_path():

@@ -6,6 +6,8 @@ tree's least likely nodes, the cost of a verification stays what it was, and a p
 smaller one, as with a grown tree. A graft may be deeper than the draft grows.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -14,10 +16,19 @@ from vllm_eagle3.kernels import ancestor_bits, tree_walk
 from vllm_eagle3.tree.growth import UNUSED
 
 
+class Grafted(NamedTuple):
+    """Trees with their grafts, numbered as in `growth.Tree`: the root is node 0."""
+
+    tokens: Tensor  # int64 [batch, places]
+    parents: Tensor  # int64 [batch, places]
+    added: Tensor  # int64 [batch], nodes of the graft: they are the first
+    number: Tensor  # int64 [batch, nodes + 1], of each node of the grown tree: its number now, `places` + 1 if left out
+
+
 def graft(
     tokens: Tensor, parents: Tensor, continuation: Tensor, places: int, chain: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Trees with their grafts: tokens and parents, int64 [batch, places], numbered as in `growth.Tree`.
+) -> Grafted:
+    """Trees with their grafts.
 
     Args:
         tokens: int64 [batch, nodes], of grown trees as in `growth.Tree`, unused nodes last.
@@ -59,4 +70,7 @@ def graft(
     new_parents = parents.new_full((len(parents), places + 1), UNUSED).scatter_(1, column, parent)
     new_tokens[:, :length] = torch.where(fresh, continuation, new_tokens[:, :length])
     new_parents[:, :length] = torch.where(fresh, grafted, new_parents[:, :length])
-    return new_tokens[:, :places], new_parents[:, :places]
+    left_out = (number > places) | (all_parents < 0)
+    left_out[:, 0] = False
+    number = number.masked_fill(left_out, places + 1)
+    return Grafted(new_tokens[:, :places], new_parents[:, :places], added[:, 0], number)

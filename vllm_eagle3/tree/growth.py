@@ -28,6 +28,9 @@ class Tree(NamedTuple):
     tokens: torch.Tensor  # [batch, nodes] int64, ids of the target vocabulary
     parents: torch.Tensor  # [batch, nodes] int64, node numbers
     scores: torch.Tensor  # [batch, nodes] float32, log-probability of the path in the draft
+    expanded: (
+        torch.Tensor
+    )  # [batch, nodes + 1] int64, root first: number of each node's expansion, -1 for none
 
 
 class Frontier(NamedTuple):
@@ -46,49 +49,70 @@ class Expansion:
        listed after it, so that the kept candidates are connected: equal scores go to the lower index.
 
     Requests in `chain` (bool `[batch]`) keep only the greedy path: every other candidate scores -inf.
+
+    Children that were drawn (`tree/drawn.py`) are kept by the values of their places, which do not depend on the tokens
+    drawn there. Expansions are numbered in order: the root's is 0, then topk a level.
     """
 
     def __init__(self, topk: int, chain: torch.Tensor) -> None:
         self.topk, self.chain = topk, chain[:, None]
         self.tokens: list[torch.Tensor] = []
         self.scores: list[torch.Tensor] = []
+        self.places: list[torch.Tensor] = []  # what candidates are kept by
         self.parents: list[torch.Tensor] = []  # index among all candidates, -1 for the root
+        self.frontiers: list[torch.Tensor] = []  # candidates of each level that may be expanded
         self._candidate = torch.full_like(self.chain, -1, dtype=torch.int64)  # the frontier's indices
         self._score = torch.zeros_like(self.chain, dtype=torch.float32)
 
-    def grow(self, log_probs: torch.Tensor, tokens: torch.Tensor) -> Frontier:
-        """Add the children of the frontier, both `[batch, frontier, topk]` (frontier is 1 for the root's).
+    def grow(
+        self, log_probs: torch.Tensor, tokens: torch.Tensor, places: torch.Tensor | None = None
+    ) -> Frontier:
+        """Add the children of the frontier, all `[batch, frontier, topk]` (frontier is 1 for the root's).
 
-        Children come in order of falling probability. Returns the new frontier.
+        Children come in order of falling probability or, if they were drawn, in the order of the draws. `places` are
+        the log-values of drawn children's places. Returns the new frontier.
         """
-        scores = (self._score[..., None] + log_probs).flatten(1)
-        only_first = torch.arange(scores.shape[1], device=scores.device) > 0
-        scores = scores.masked_fill(self.chain & only_first, float("-inf"))
+        only_first = torch.arange(log_probs[0].numel(), device=log_probs.device) > 0
+
+        def along_path(values: torch.Tensor) -> torch.Tensor:
+            summed = (self._score[..., None] + values).flatten(1)
+            return summed.masked_fill(self.chain & only_first, float("-inf"))
+
+        scores = along_path(log_probs)
+        self.places.append(scores if places is None else along_path(places))
         base = sum(level.shape[1] for level in self.scores)
         self.tokens.append(tokens.flatten(1))
         self.scores.append(scores)
         self.parents.append(self._candidate.repeat_interleave(self.topk, dim=1))
         self._score, index = top_k(scores, self.topk)
         self._candidate = base + index
+        self.frontiers.append(self._candidate)
         return Frontier(self.tokens[-1].gather(1, index), index // self.topk)
 
     def rerank(self, nodes: int) -> Tree:
         """The best `nodes` candidates as a tree; missing ones are unused."""
-        all_scores, all_parents = torch.cat(self.scores, 1), torch.cat(self.parents, 1)
-        kept = min(nodes, all_scores.shape[1])
-        scores, index = top_k(all_scores, kept)
+        all_parents = torch.cat(self.parents, 1)
+        kept = min(nodes, all_parents.shape[1])
+        places, index = top_k(torch.cat(self.places, 1), kept)
         node = torch.zeros_like(all_parents).scatter(
             1, index, torch.arange(1, kept + 1, device=index.device).expand_as(index)
         )
         parent = all_parents.gather(1, index)
         parents = torch.where(parent < 0, 0, node.gather(1, parent.clamp(min=0)))
         tokens = torch.cat(self.tokens, 1).gather(1, index)
-        dead = torch.isneginf(scores)
+        dead = torch.isneginf(places)
+        scores = torch.cat(self.scores, 1).gather(1, index).masked_fill(dead, float("-inf"))
+        expansions = torch.cat(self.frontiers[:-1] or [index[:, :0]], 1)  # the last level is not expanded
+        numbers = torch.arange(1, expansions.shape[1] + 1, device=index.device).expand_as(expansions)
+        expanded = torch.full_like(all_parents, -1).scatter(1, expansions, numbers).gather(1, index)
         pad = (0, nodes - kept)
         return Tree(
             torch.nn.functional.pad(tokens.masked_fill(dead, 0), pad),
             torch.nn.functional.pad(parents.masked_fill(dead, UNUSED), pad, value=UNUSED),
             torch.nn.functional.pad(scores, pad, value=float("-inf")),
+            torch.nn.functional.pad(
+                torch.nn.functional.pad(expanded.masked_fill(dead, -1), (1, 0), value=0), pad, value=-1
+            ),
         )
 
 
@@ -116,15 +140,23 @@ class Growth:
         self.expansion = Expansion(topk, chain)
         self.paths = torch.zeros(len(chain), 1, 0, dtype=torch.int64, device=chain.device)
 
-    def extend(self, log_probs: torch.Tensor, ids: torch.Tensor, states: torch.Tensor) -> Level:
+    def extend(
+        self,
+        log_probs: torch.Tensor,
+        ids: torch.Tensor,
+        states: torch.Tensor,
+        places: torch.Tensor | None = None,
+    ) -> Level:
         """Add the children of the frontier; the new frontier is what the draft takes next.
 
         log_probs, ids: [batch * width, topk] in order of falling probability; width is 1 for the roots, else topk.
-        states: [batch * width, hidden], what the draft hands on to the children.
+        states: [batch * width, hidden], what the draft hands on to the children. places: see `Expansion.grow`.
         """
         batch, width, level = self.paths.shape
         shape = (batch, width, self.topk)
-        frontier = self.expansion.grow(log_probs.view(shape), ids.view(shape))
+        frontier = self.expansion.grow(
+            log_probs.view(shape), ids.view(shape), None if places is None else places.view(shape)
+        )
         parents = frontier.parents[..., None]
         own = level * self.topk + torch.arange(self.topk, device=parents.device).expand(batch, self.topk)
         paths = self.paths.gather(1, parents.expand(-1, -1, level))
@@ -140,7 +172,7 @@ class Growth:
 
     def rerank(self, tokens: torch.Tensor, parents: torch.Tensor) -> torch.Tensor:
         """Write the best nodes to tokens and parents, int64 [batch, nodes]; returns their scores."""
-        tree = self.expansion.rerank(tokens.shape[1])
+        tree = self.tree = self.expansion.rerank(tokens.shape[1])
         tokens.copy_(tree.tokens)
         parents.copy_(tree.parents)
         return tree.scores

@@ -157,7 +157,7 @@ def test_on_the_device_nothing_waits_for_the_host(monkeypatch):
     )
     trees = torch.zeros(3, 10, **meta)
     chain = torch.zeros(3, dtype=torch.bool, device="meta")
-    tokens, parents = Grafts(GraftOptions(), states).merge(
+    tokens, parents, *_ = Grafts(GraftOptions(), states).merge(
         torch.zeros(3, **meta), trees, trees, 10, chain, 50
     )
     assert tokens.shape == parents.shape == (3, 10)

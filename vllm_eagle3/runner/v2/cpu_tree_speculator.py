@@ -4,10 +4,13 @@ from typing import Any
 
 import torch
 
+from vllm_eagle3.config import Eagle3Options
 from vllm_eagle3.kernels import cpu
 from vllm_eagle3.runner.v2.cpu_speculator import NOT_DRAFTED, CPUSpeculator
 from vllm_eagle3.runner.v2.tree_attention import PathMetadata
+from vllm_eagle3.runner.v2.tree_draws import TreeDraws
 from vllm_eagle3.runner.v2.tree_speculator import TreeSpeculator
+from vllm_eagle3.runner.v2.tree_state import TreeState
 from vllm_eagle3.tree.growth import UNUSED, Growth
 
 
@@ -21,6 +24,13 @@ class CPUTreeSpeculator(TreeSpeculator, CPUSpeculator):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.growth = cpu.Growth if cpu.native() else Growth
+
+    def make_draws(self, tree_state: TreeState) -> TreeDraws | None:
+        """Nodes are drawn here, because no graph of the growth holds the likeliest children."""
+        options = Eagle3Options.from_additional_config(self.vllm_config.additional_config)
+        if options.draft_sampling != "auto":
+            return None
+        return TreeDraws(self.model, self.tree, tree_state, self.scratch_keys.dtype)
 
     def mark_unused(self, drafts: torch.Tensor, requests: torch.Tensor) -> None:
         """Unused nodes become NOT_DRAFTED, so that the scheduler does not have them verified."""

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from vllm_eagle3.config import GraftOptions
-from vllm_eagle3.tree.graft import graft
+from vllm_eagle3.tree.graft import Grafted, graft
 from vllm_eagle3.tree.lookup import look_up
 
 
@@ -27,8 +27,8 @@ class Grafts:
         places: int,
         chain: torch.Tensor,
         longest: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens and parents, int64 [batch, places], of the trees with their grafts; see `tree.graft.graft`.
+    ) -> Grafted:
+        """The trees with their grafts; see `tree.graft.graft`.
 
         requests: int64 [batch], request-state index. tokens, parents: int64 [batch, nodes], the grown trees. chain:
         bool [batch], requests that need a chain. longest: an upper bound, known on the host, of the lengths of texts

@@ -79,3 +79,8 @@ def needs_chain(params: Any, model_config: Any) -> bool:
         or params.thinking_token_budget is not None
         or model_config.logits_processors
     )
+
+
+def may_draw(params: Any) -> bool:
+    """Whether a request's nodes may be drawn: it samples, and no seed says which text it should get."""
+    return params is not None and params.temperature > 0 and params.seed is None

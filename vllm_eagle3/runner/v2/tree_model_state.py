@@ -10,7 +10,7 @@ from vllm_eagle3.config import Eagle3Options
 from vllm_eagle3.kernels import KVTable, commit_kv, cpu, kv_table
 from vllm_eagle3.runner.v2.tree_attention import TreeCPUAttentionImpl, cpu_layout, with_tree
 from vllm_eagle3.runner.v2.tree_flash_attention import is_flash, tree_rows
-from vllm_eagle3.runner.v2.tree_limits import needs_chain
+from vllm_eagle3.runner.v2.tree_limits import may_draw, needs_chain
 from vllm_eagle3.runner.v2.tree_rejection_sampler import TreeRejectionSampler
 from vllm_eagle3.runner.v2.tree_state import TreeState
 
@@ -37,7 +37,8 @@ class TreeModelState(DefaultModelState):
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         super().add_request(req_index, new_req_data)
-        self.tree_state.add_request(req_index, needs_chain(new_req_data.sampling_params, self.model_config))
+        params = new_req_data.sampling_params
+        self.tree_state.add_request(req_index, needs_chain(params, self.model_config), may_draw(params))
 
     def prepare_attn(  # type: ignore[override]
         self,

@@ -9,10 +9,13 @@ from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
 from vllm_eagle3.runner.v2.tree_state import TreeState
 from vllm_eagle3.tree.acceptance import accept
+from vllm_eagle3.tree.drawn import accept_drawn
 
 
 class TreeRejectionSampler(RejectionSampler):
     """Verifies trees: the target draws a token at every node, and `tree.acceptance.accept` follows the draws.
+
+    Trees whose nodes were drawn from the draft's distribution go by `tree.drawn.accept_drawn`.
 
     The draw at a node has the noise key (seed, base + depth) that plain sampling has at that position,
     so with per-request seeds a tree's output is the unspeculated one token for token.
@@ -42,7 +45,16 @@ class TreeRejectionSampler(RejectionSampler):
         first, last = cu_num_logits[:-1].long()[:, None], cu_num_logits[1:].long()[:, None]
         rows, used = trees.node_rows(first, last - first)
         tokens = torch.where(used, verify_draft_sampled[rows].long(), -1)
-        path, emitted, count = accept(trees.parents[idx_mapping], tokens, drawn[rows])
+        parents = trees.parents[idx_mapping]
+        path, emitted, count = accept(parents, tokens, drawn[rows])
+        if trees.draws is not None:
+            at = trees.drawn[idx_mapping].nonzero()[
+                :, 0
+            ]  # nodes are drawn on a CPU only, where this does not wait
+            if len(at):
+                path[at], emitted[at], count[at] = accept_drawn(
+                    parents[at], tokens[at], processed, rows[at], trees.drawn_trees(idx_mapping[at])
+                )
         trees.record_path(idx_mapping, path)
 
         # Logprobs and sampling masks read row i as that of the i-th emitted token: bring the rows of the path in front.

@@ -20,6 +20,7 @@ from vllm_eagle3.runner.v2.accepted_rows import accepted_rows
 from vllm_eagle3.runner.v2.grafts import Grafts
 from vllm_eagle3.runner.v2.speculator import Eagle3Speculator
 from vllm_eagle3.runner.v2.tree_attention import PathMetadata
+from vllm_eagle3.runner.v2.tree_draws import TreeDraws
 from vllm_eagle3.runner.v2.tree_limits import USE_A_CHAIN
 from vllm_eagle3.runner.v2.tree_model_state import TreeModelState
 from vllm_eagle3.runner.v2.tree_state import TreeState
@@ -55,6 +56,7 @@ class TreeSpeculator(Eagle3Speculator):
         )  # requests that get a chain
         self.parents = torch.zeros(self.max_num_reqs, tree.nodes, dtype=torch.int64, device=device)
         self.growth: type[Growth | cpu.Growth] = Growth
+        self.draws: TreeDraws | None = None  # made by set_attn
         self.growth_graphs: CudaGraphManager | None = None
         self.tree_state: TreeState | None = None  # handed in by set_attn, after memory has been profiled
 
@@ -82,6 +84,11 @@ class TreeSpeculator(Eagle3Speculator):
         super().set_attn(model_state, *args, **kwargs)
         assert isinstance(model_state, TreeModelState)
         self.tree_state = model_state.tree_state
+        self.draws = self.make_draws(self.tree_state)
+
+    def make_draws(self, tree_state: TreeState) -> TreeDraws | None:
+        """What draws nodes for requests that sample; None where all take the likeliest."""
+        return None
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         """Prepare CUDA graphs of the growth: one graph holds all levels for one batch size.
@@ -149,6 +156,9 @@ class TreeSpeculator(Eagle3Speculator):
             last_hidden_states = last_hidden_states[path.rows]
             aux_hidden_states = aux_hidden_states and [states[path.rows] for states in aux_hidden_states]
             num_rejected = (num_rejected - path.dropped).clamp(min=0)
+        if self.draws is not None:
+            requests = input_batch.idx_mapping
+            self.draws.begin(requests[:0] if trees is None else requests, self.shape.width)
         first = super().propose(
             input_batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_sampled,
             num_rejected, *args, dummy_run=dummy_run, num_speculative_tokens=min(budget, 1), **kwargs,
@@ -162,12 +172,18 @@ class TreeSpeculator(Eagle3Speculator):
         drafts = self.draft_tokens[:batch]
         tokens, parents = drafts[:, :nodes], self.parents[:batch, :nodes]
         if trees is not None:
+            number, added = (
+                torch.arange(nodes + 1, device=self.device).expand(batch, -1),
+                parents.new_zeros(batch),
+            )
             if self.grafts is not None:
                 longest = int(input_batch.seq_lens_cpu_upper_bound[:batch].max()) + 1
-                tokens, parents = self.grafts.merge(
+                tokens, parents, added, number = self.grafts.merge(
                     requests, tokens, parents, budget, self.chain[:batch], longest
                 )
             trees.record_growth(requests, parents)
+            if self.draws is not None and self.draws.active:
+                self.draws.record(number, added)
         drafts[:, : tokens.shape[1]] = tokens
         drafts[:, tokens.shape[1] :] = 0
         if trees is not None:
@@ -179,10 +195,18 @@ class TreeSpeculator(Eagle3Speculator):
 
     def sample_draft(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Keep the root's children. The first draft step calls this with the last row of each request."""
-        log_probs, ids = self.model.top_children(hidden_states, self.shape.width)
+        log_probs, ids = self._children(hidden_states, slice(0, len(hidden_states)), 0)
         self.root_children[0][: len(ids), : self.shape.width] = log_probs
         self.root_children[1][: len(ids), : self.shape.width] = ids
         return self.root_children[1][: len(ids), 0]
+
+    def _children(
+        self, hidden_states: torch.Tensor, at: slice, level: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities and target ids of the children of a level's n nodes, [n, width], of the requests `at`."""
+        if self.draws is not None and self.draws.active:
+            return self.draws.children(hidden_states, self.temperature, at, level)
+        return self.model.top_children(hidden_states, self.shape.width)
 
     def _grow(self, input_batch: Any, nodes: int, attend: bool) -> None:
         """Writes `nodes` nodes or more of each request's tree to draft_tokens and parents.
@@ -205,16 +229,17 @@ class TreeSpeculator(Eagle3Speculator):
         last = self.input_buffers.positions[at]  # row that the tree grows from
         # The compiled draft was traced with ids of this dtype, and misreads ids of another.
         id_dtype = self.input_buffers.input_ids.dtype
-        growth = self.growth(depth, topk, self.chain[at], last, self.max_model_len - 1, id_dtype)
+        grow = self.draws.growth(at) if self.draws is not None and self.draws.active else self.growth
+        growth = grow(depth, topk, self.chain[at], last, self.max_model_len - 1, id_dtype)
         log_probs, ids = (children[at, :topk] for children in self.root_children)
         level = growth.extend(log_probs, ids, self.hidden_states[at])
         prefix = None
         if attend:
             block_table = self.block_tables.input_block_tables[self._group()][at]
             prefix = (block_table, last + 1, self.scratch_keys[at], self.scratch_values[at])
-        for _ in range(1, min(depth, nodes)):  # a path of d nodes takes d of them
+        for number in range(1, min(depth, nodes)):  # a path of d nodes takes d of them
             normed, states = self.draft_level(level, PathMetadata(*prefix, level.paths) if prefix else None)
-            log_probs, ids = self.model.top_children(normed, topk)
+            log_probs, ids = self._children(normed, at, number)
             level = growth.extend(log_probs, ids, states)
         growth.rerank(self.draft_tokens[at, :nodes], self.parents[at, :nodes])
 

@@ -1,12 +1,22 @@
 """What the four phases of a draft tree share: growth, mask, verification and commit read and write one `TreeState`."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from vllm_eagle3.kernels import ancestor_bits
+from vllm_eagle3.tree.drawn import DrawnTrees
 from vllm_eagle3.tree.growth import UNUSED
 from vllm_eagle3.tree.mask import TreeMask
+
+
+class DrawnFrom(NamedTuple):
+    """The draft's distributions that nodes were drawn from."""
+
+    q: torch.Tensor  # [requests, expansions, draft_vocab]
+    draft_ids: torch.Tensor  # int64 [vocab], id of each token in the draft's vocabulary, -1 for none
+    target_ids: torch.Tensor  # int64 [draft_vocab]
 
 
 @dataclass
@@ -41,6 +51,10 @@ class TreeState:
         self.depth = zeros(requests, nodes + 1)
         self.path = self.node_ids.repeat(requests, 1)  # node at each depth
         self.chain_only = torch.zeros(requests, dtype=torch.bool, device=device)
+        self.drawn = torch.zeros(requests, dtype=torch.bool, device=device)  # requests whose nodes are drawn
+        self.expanded = zeros(requests, nodes + 1) - 1  # as `tree.drawn.DrawnTrees.expanded`
+        self.given = zeros(requests)
+        self.draws: DrawnFrom | None = None  # None: no nodes are drawn
         # The addresses stay, because a CUDA graph of the target may hold them.
         self.mask = TreeMask(root=zeros(tokens), bits=zeros(tokens) + 1, positions=zeros(tokens))
         self.prefix_lens = torch.zeros(
@@ -48,10 +62,11 @@ class TreeState:
         )  # of the batch's requests, in order
         self.step: TreeStep | None = None
 
-    def add_request(self, request: int, chain_only: bool) -> None:
+    def add_request(self, request: int, chain_only: bool, drawn: bool) -> None:
         """Clear the row of a new request: the request that had it before may have left a tree."""
         self.parents[request] = UNUSED
         self.chain_only[request] = chain_only
+        self.drawn[request] = drawn and self.draws is not None
 
     def node_rows(self, roots: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Row of each node [batch, nodes + 1], and whether it is used; an unused node repeats the row of its root.
@@ -100,3 +115,9 @@ class TreeState:
         """Keep new trees: parents int64 [batch, columns], node i + 1 in column i; the missing columns are unused."""
         missing = self.parents.shape[1] - 1 - parents.shape[1]
         self.parents[requests] = torch.nn.functional.pad(parents, (1, missing), value=UNUSED)
+
+    def drawn_trees(self, requests: torch.Tensor) -> DrawnTrees:
+        """What verification has to know of the drawn trees of these requests."""
+        assert self.draws is not None
+        q, draft_ids, target_ids = self.draws
+        return DrawnTrees(q[requests], self.expanded[requests], self.given[requests], draft_ids, target_ids)

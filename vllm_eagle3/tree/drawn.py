@@ -1,0 +1,122 @@
+"""Draft trees whose nodes are drawn from the draft's own distribution q, and the rule that verifies them.
+
+A fixed draft x is accepted with p(x), the target's probability. One that was drawn from q is accepted with
+min(1, p(x) / q(x)), in all with the overlap of p and q. `reference/sampled.py` states the same rules for one sequence.
+Sources: SpecInfer, arXiv 2305.09781; SpecTr, 2310.15141.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vllm_eagle3.kernels import top_k
+
+
+class Children(NamedTuple):
+    """k children of each of n nodes."""
+
+    log_probs: Tensor  # float32 [n, k], log q of each
+    ids: Tensor  # int64 [n, k], ids of the draft's vocabulary
+    places: Tensor  # float32 [n, k], log-values of the places: the part of q that earlier children left over
+    q: Tensor  # [n, draft_vocab], what was drawn from
+
+
+def draw_children(
+    logits: Tensor, temperature: Tensor, drawn: Tensor, k: int, dtype: torch.dtype = torch.float32
+) -> Children:
+    """Draws k children without replacement: the k largest of log q + Gumbel noise.
+
+    Args:
+        logits: [n, draft_vocab] of the draft.
+        temperature: float [n]; read where drawn.
+        drawn: bool [n]; elsewhere the k likeliest children are taken, whose places are worth what they are.
+        k: children of each node.
+        dtype: that q is kept in. q is rounded before it is drawn from.
+    """
+    scale = torch.where(drawn, temperature, 1.0)[:, None]
+    q = (logits.float() / scale).softmax(dim=-1).to(dtype)
+    log_q = q.float().log()
+    log_q = log_q - log_q.logsumexp(dim=-1, keepdim=True)
+    noise = -torch.empty_like(log_q).exponential_().log()
+    _, ids = top_k(torch.where(drawn[:, None], log_q + noise, log_q), k)
+    log_probs = log_q.gather(1, ids)
+    probs = log_probs.exp()
+    left = (1 - probs.cumsum(1) + probs).clamp(min=0).log()
+    places = torch.where(drawn[:, None], torch.maximum(left, log_probs), log_probs)
+    places = torch.where(torch.isneginf(log_probs), log_probs, places)  # q has no more tokens to draw
+    return Children(log_probs, ids, places, q)
+
+
+class DrawnTrees(NamedTuple):
+    """What verification has to know of drawn trees, beside their tokens and parents."""
+
+    q: Tensor  # [batch, expansions, draft_vocab]
+    expanded: Tensor  # int64 [batch, nodes + 1], expansion that a node's children were drawn in, -1 for none
+    given: Tensor  # int64 [batch], a graft's nodes: the first ones, which were not drawn; nor were children of `-1`
+    draft_ids: Tensor  # int64 [vocab], id of each token in the draft's vocabulary, -1 for none
+    target_ids: Tensor  # int64 [draft_vocab]
+
+
+def accept_drawn(
+    parents: Tensor, tokens: Tensor, logits: Tensor, rows: Tensor, trees: DrawnTrees
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Recursive rejection. Returns path, emitted and count as `tree.acceptance.accept`.
+
+    At a node its children are tried in turn, each with min(1, p(x) / q(x)), a graft's with p(x). After a refusal p
+    becomes the residual norm(max(p - q, 0)) and q what the refused token leaves of it. If no child is accepted, the
+    token comes from the last residual.
+
+    Args:
+        parents: int64 [batch, nodes + 1] as in `accept`.
+        tokens: the same.
+        logits: [any, vocab] of the target, with all sampling parameters applied.
+        rows: int64 [batch, nodes + 1], row of each node's logits.
+        trees: how the trees were drawn.
+    """
+    batch, columns = parents.shape
+    node_ids = torch.arange(columns, device=parents.device)
+    path = node_ids.repeat(batch, 1)
+    count = torch.zeros(batch, 1, dtype=torch.int64, device=parents.device)  # accepted drafts
+    node, tried = torch.zeros_like(count), torch.zeros_like(count)
+
+    def at(node: Tensor) -> tuple[Tensor, Tensor]:
+        """p and q of a node, [batch, vocab] and [batch, draft_vocab]."""
+        p = logits[rows.gather(1, node)[:, 0]].float().softmax(dim=-1)
+        expansion = trees.expanded.gather(1, node)
+        q = trees.q[torch.arange(batch, device=node.device), expansion[:, 0].clamp(min=0)].float()
+        return p, q / q.sum(dim=-1, keepdim=True) * (expansion >= 0)
+
+    p, q = at(node)
+    for _ in range(columns - 1):
+        candidates = (parents == node) & (tokens >= 0) & (node_ids > tried)
+        found = candidates.any(dim=1, keepdim=True)
+        if parents.device.type == "cpu" and not found.any():
+            break
+        child = candidates.int().argmax(dim=1, keepdim=True)
+        token = torch.where(found, tokens.gather(1, child), 0)
+        draft_id = trees.draft_ids[token]
+        given = (child <= trees.given[:, None]) | (trees.expanded.gather(1, node) < 0)
+        of_token = torch.where(draft_id >= 0, q.gather(1, draft_id.clamp(min=0)), 0.0)
+        chance = p.gather(1, token) / torch.where(given, 1.0, of_token)
+        accepted = found & (torch.rand_like(chance) < chance)
+        refused = found & ~accepted
+        tried = torch.where(found, child, tried)
+        node = torch.where(accepted, child, node)
+        count = count + accepted
+        path = torch.where(accepted & (node_ids == count), child, path)
+
+        drawn_from = torch.where(given, 0.0, q)
+        rest = p.index_add(1, trees.target_ids, -drawn_from)
+        rest.scatter_add_(1, token, -given.to(rest.dtype))
+        rest = rest.clamp_(min=0)
+        total = rest.sum(dim=-1, keepdim=True)
+        q_left = q.scatter(1, draft_id.clamp(min=0), torch.where(draft_id >= 0, 0.0, q[:, :1]))
+        q_left = q_left / q_left.sum(dim=-1, keepdim=True).clamp(min=1e-30)
+        p_next, q_next = at(node)
+        p = torch.where(accepted, p_next, torch.where(refused & (total > 0), rest / total, p))
+        q = torch.where(accepted, q_next, torch.where(refused, q_left, q))
+
+    last = torch.multinomial(p, 1)
+    emitted = tokens.gather(1, path.roll(-1, dims=1)).scatter(1, count, last)
+    return path, emitted, (count[:, 0] + 1).int()
