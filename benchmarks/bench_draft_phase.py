@@ -73,23 +73,38 @@ def measure(
     shape: str, batch_sizes: list[int], prompt_tokens: int, steps: int, eager: bool
 ) -> dict[str, Any]:
     """{"proposer", "cudagraph_mode", "ms": {batch size: times of `steps` decoding steps}} of this process' engine."""
-    from vllm import LLM, SamplingParams
-
     most = prompt_tokens + (steps + WARM_UP + 20) * (DRAFTS + 1)
+    llm = start_engine(shape, batch_sizes, most, eager)
+    [(watch, proposer)] = llm.collective_rpc(start_stopwatch)
+    vocab = SHAPES[shape][0]["vocab_size"]
+    generator = torch.Generator().manual_seed(0)
+    times = {}
+    for size in batch_sizes:
+        prompts = torch.randint(2, vocab, (size, prompt_tokens), generator=generator).tolist()
+        times[str(size)] = time_batch(llm.llm_engine, watch, prompts, steps, most - prompt_tokens)
+    mode = llm.llm_engine.vllm_config.compilation_config.cudagraph_mode
+    return {"proposer": proposer, "cudagraph_mode": str(mode), "ms": times}
+
+
+def start_engine(shape: str, batch_sizes: list[int], max_model_len: int, eager: bool) -> Any:
+    """An engine with random weights of `shape` and a draft for it."""
+    from vllm import LLM
+
     # Both sides get the same CUDA graphs: stock vLLM's own sizes would end at fewer requests.
     graphs = (
         {} if eager else {"cudagraph_capture_sizes": sorted({(DRAFTS + 1) * size for size in batch_sizes})}
     )
+    dtype = "float32" if eager else "bfloat16"
     with tempfile.TemporaryDirectory() as folder:
         target, draft = write_shape(shape, Path(folder))
-        llm = LLM(
+        return LLM(
             str(target),
             speculative_config={"method": "eagle3", "model": str(draft), "num_speculative_tokens": DRAFTS},
             additional_config={"eagle3": {"policy": "fixed"}},
             load_format="dummy",
             skip_tokenizer_init=True,
-            dtype="float32" if eager else "bfloat16",
-            max_model_len=most,
+            dtype=dtype,
+            max_model_len=max_model_len,
             max_num_seqs=max(batch_sizes),
             enforce_eager=eager,
             compilation_config=graphs,
@@ -99,38 +114,38 @@ def measure(
                 target,
                 draft,
                 batch_size=max(batch_sizes),
-                max_model_len=most,
+                max_model_len=max_model_len,
                 drafts=DRAFTS,
-                dtype="float32" if eager else "bfloat16",
+                dtype=dtype,
             ),
         )
-    [(watch, proposer)] = llm.collective_rpc(start_stopwatch)
-    engine: Any = llm.llm_engine
-    params = SamplingParams(
-        temperature=0.0, max_tokens=most - prompt_tokens, ignore_eos=True, detokenize=False
-    )
-    vocab = SHAPES[shape][0]["vocab_size"]
-    generator = torch.Generator().manual_seed(0)
-    times: dict[str, list[float]] = {}
-    for size in batch_sizes:
-        requests = [f"{size}/{i}" for i in range(size)]
-        for request in requests:
-            ids = torch.randint(2, vocab, (prompt_tokens,), generator=generator).tolist()
-            engine.add_request(request, {"prompt_token_ids": ids}, params)
-        waiting = set(requests)
-        while waiting:  # until every prompt is read
-            waiting -= {output.request_id for output in engine.step() if output.outputs[0].token_ids}
-        watch.milliseconds()
-        while len(watch.marks) < WARM_UP + steps:
-            if any(output.finished for output in engine.step()):
-                raise RuntimeError(f"batch {size}: a request ended before {steps} decoding steps were seen")
-        times[str(size)] = watch.milliseconds()[WARM_UP:]
-        engine.abort_request(requests)
-        while engine.has_unfinished_requests():
-            engine.step()
-        watch.milliseconds()
-    mode = engine.vllm_config.compilation_config.cudagraph_mode
-    return {"proposer": proposer, "cudagraph_mode": str(mode), "ms": times}
+
+
+def time_batch(
+    engine: Any, watch: Stopwatch, prompts: list[list[int]], steps: int, max_tokens: int
+) -> list[float]:
+    """Milliseconds of the draft phase in `steps` decoding steps of these prompts together."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
+    requests = [f"{len(prompts)}/{i}" for i in range(len(prompts))]
+    for request, ids in zip(requests, prompts, strict=True):
+        engine.add_request(request, {"prompt_token_ids": ids}, params)
+    waiting = set(requests)
+    while waiting:  # until every prompt is read
+        waiting -= {output.request_id for output in engine.step() if output.outputs[0].token_ids}
+    watch.milliseconds()
+    while len(watch.marks) < WARM_UP + steps:
+        if any(output.finished for output in engine.step()):
+            raise RuntimeError(
+                f"batch {len(prompts)}: a request ended before {steps} decoding steps were seen"
+            )
+    times = watch.milliseconds()[WARM_UP:]
+    engine.abort_request(requests)
+    while engine.has_unfinished_requests():
+        engine.step()
+    watch.milliseconds()
+    return times
 
 
 def run_side(side: str, arguments: list[str]) -> dict[str, Any]:

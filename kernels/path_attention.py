@@ -1,9 +1,9 @@
-"""Attention of draft-tree nodes while they are grown: the paged prefix, then each node's own path in scratch.
+"""Attention of the nodes of a growing draft tree: to the paged prefix, and to each node's own path in scratch.
 
     out[b, n] = softmax(scale * q[b, n] . K) V over request b's prefix and the slots paths[b, n] of scratch
 
-Lengths are read on the device, so that a CUDA graph can hold the whole growth. Split-KV as in
-`tree_attention`; the path belongs to the first split.
+Lengths are read on the device, so that one CUDA graph can contain the whole growth. Keys are split as in
+`tree_attention` (`split_kv`); the path belongs to the first split.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from torch import Tensor
 from ._triton import Backend, cdiv, choose_backend, next_power_of_2, tl, triton
 from .split_kv import LEAST_KEYS, choose_splits, merge_splits, partials, tile_of
 
-GATHERED = 1 << 14  # cached tokens, of all requests together, that the torch twin gathers at a time
+GATHERED = 1 << 14  # cached tokens that the torch twin gathers at a time, summed over requests
 
 
+# Long: a third is the signature, and the steps of one program share too many values to be functions of their own.
 @triton.jit
 def _path_attention_kernel(
     out_ptr,
@@ -40,9 +41,8 @@ def _path_attention_kernel(
     HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_Q nodes of a request x the heads of one KV head, over one share of the prefix."""
-    blocks = tl.cdiv(
-        nodes, BLOCK_Q
-    )  # those of a request are neighbours in the grid: they share keys in the L2 cache
+    # The blocks of a request are neighbours in the grid, so that they share keys in the L2 cache.
+    blocks = tl.cdiv(nodes, BLOCK_Q)
     request = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
     kv_head = tl.program_id(1)
@@ -60,7 +60,7 @@ def _path_attention_kernel(
     q = tl.load(q_ptr + (row * q_stride + head * HEAD_DIM)[:, None] + d[None, :], mask=row_mask, other=0.0)
 
     first = 0
-    if HAS_WINDOW:  # a node stands at position prefix - 1 + length
+    if HAS_WINDOW:  # a node is at position prefix - 1 + length
         first = tl.maximum(prefix + length - window, 0)
     share = tl.maximum(tl.cdiv(tl.cdiv(prefix - first, TILE), SPLITS), LEAST_TILES) * TILE
     low = first + split * share
@@ -75,7 +75,7 @@ def _path_attention_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     factor = scale * 1.4426950408889634
     own = tl.where(split == 0, length, 0)
-    for i in range(own):  # each node has keys of its own here: no matrix product
+    for i in range(own):  # each node has its own keys here, so there is no matrix product
         slot = tl.load(
             paths_ptr + request * path_request_stride + node * path_node_stride + i, mask=row_ok, other=0
         )
@@ -136,14 +136,32 @@ def path_attention(
     """Attention output [batch, nodes, heads, head_dim] in query's dtype; softmax in fp32.
 
     query [batch, nodes, heads, head_dim], adjacent heads, rows evenly spaced; kv_cache [blocks, kv_heads,
-    block_size, 2 * head_dim] (keys, then values; any strides but an adjacent last dimension) in query's
+    block_size, 2 * head_dim] (keys, then values; contiguous last dimension, any other strides) in query's
     dtype; block_table int [batch, blocks]; prefix_lens int [batch], cached tokens that all nodes of a
-    request see; keys, values [batch or more, slots, kv_heads, head_dim], contiguous: scratch; paths int64
-    [batch, nodes, length], length >= 1: slots of each node's ancestors and, last, its own. window: sliding
-    window in tokens, 0 for none, longer than a path; a node stands at position prefix_len - 1 + length.
+    request read; keys, values [batch or more, slots, kv_heads, head_dim], contiguous: the scratch; paths int64
+    [batch, nodes, length], length >= 1: slots of each node's ancestors and, last, its own slot. window: sliding
+    window in tokens, 0 for none, longer than a path; a node is at position prefix_len - 1 + length.
 
     Raises ValueError on shapes or dtypes that do not fit.
     """
+    _check(query, kv_cache, keys, values, paths)
+    if choose_backend(backend, query, kv_cache, block_table, prefix_lens, keys, paths) == "torch":
+        return path_attention_torch(
+            query, kv_cache, block_table, prefix_lens, keys, values, paths, scale=scale, window=window
+        )
+    if query.stride() != (query.shape[1] * query.stride(1), query.stride(1), query.shape[3], 1):
+        raise ValueError("query must have adjacent heads and evenly spaced rows")
+    if not (keys.is_contiguous() and values.is_contiguous()):
+        raise ValueError("keys and values must be contiguous")
+    if kv_cache.stride(3) != 1 or paths.stride(2) != 1:
+        raise ValueError("kv_cache and paths must have an adjacent last dimension")
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    if out.shape[0] and out.shape[1]:
+        _launch(out, query, kv_cache, block_table, prefix_lens, keys, values, paths, scale, window, splits)
+    return out
+
+
+def _check(query: Tensor, kv_cache: Tensor, keys: Tensor, values: Tensor, paths: Tensor) -> None:
     batch, nodes, heads, head_dim = query.shape
     kv_heads = kv_cache.shape[1]
     if kv_cache.shape[3] != 2 * head_dim or heads % kv_heads:
@@ -165,19 +183,14 @@ def path_attention(
         raise ValueError(
             f"paths must be int64 [{batch}, {nodes}, 1 or more], found {paths.dtype} {tuple(paths.shape)}"
         )
-    if choose_backend(backend, query, kv_cache, block_table, prefix_lens, keys, paths) == "torch":
-        return path_attention_torch(
-            query, kv_cache, block_table, prefix_lens, keys, values, paths, scale=scale, window=window
-        )
-    if query.stride() != (nodes * query.stride(1), query.stride(1), head_dim, 1):
-        raise ValueError("query must have adjacent heads and evenly spaced rows")
-    if not (keys.is_contiguous() and values.is_contiguous()):
-        raise ValueError("keys and values must be contiguous")
-    if kv_cache.stride(3) != 1 or paths.stride(2) != 1:
-        raise ValueError("kv_cache and paths must have an adjacent last dimension")
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    if batch == 0 or nodes == 0:
-        return out
+
+
+def _launch(
+    out: Tensor, query: Tensor, kv_cache: Tensor, block_table: Tensor, prefix_lens: Tensor, keys: Tensor,
+    values: Tensor, paths: Tensor, scale: float, window: int, splits: int | None,
+) -> None:  # fmt: skip
+    batch, nodes, heads, head_dim = query.shape
+    kv_heads = kv_cache.shape[1]
     group = heads // kv_heads
     block_m = max(16, min(64, next_power_of_2(nodes * group)), next_power_of_2(group))
     block_q = block_m // group
@@ -195,7 +208,6 @@ def path_attention(
     )  # fmt: skip
     if splits > 1:
         merge_splits(out.view(batch * nodes, heads, head_dim), parts)
-    return out
 
 
 def path_attention_torch(
@@ -210,14 +222,14 @@ def path_attention_torch(
     scale: float,
     window: int = 0,
 ) -> Tensor:
-    """Plain-torch twin of `path_attention`. Reads the longest prefix on the host; its memory does not grow with it."""
+    """Plain-torch twin of `path_attention`. The host reads the longest prefix; memory does not grow with the prefix."""
     batch, nodes, heads, head_dim = query.shape
     kv_heads, block_size = kv_cache.shape[1:3]
     length = paths.shape[2]
     q = (query.float() * scale).view(batch, nodes, kv_heads, heads // kv_heads, head_dim)
     request = torch.arange(batch, device=query.device)[:, None, None]
     path_keys, path_values = keys[request, paths].float(), values[request, paths].float()
-    # Running softmax (arXiv 1805.02867): its largest score, its sum and the output so far, of the paths first.
+    # Running softmax (arXiv 1805.02867): the largest score, the sum and the output so far. It starts with the paths.
     scores = torch.einsum("bnkgd,bnlkd->bnkgl", q, path_keys)
     largest = scores.amax(dim=-1, keepdim=True)
     weights = (scores - largest).exp()
@@ -240,7 +252,7 @@ def path_attention_torch(
         before, largest = largest, torch.maximum(largest, scores.amax(dim=-1, keepdim=True))
         weights, shrink = (scores - largest).exp(), (before - largest).exp()
         total = total * shrink + weights.sum(dim=-1, keepdim=True)
-        # Cache rows past the prefix may hold anything, NaN included: weight 0 does not cancel that.
+        # Cache rows after the prefix may be NaN, and weight 0 times NaN is NaN.
         v = v.masked_fill(~seen[:, None, :, None], 0.0)
         out = out * shrink + torch.einsum("bnkgp,bkpd->bnkgd", weights, v)
     return (out / total).reshape(batch, nodes, heads, head_dim).to(query.dtype)

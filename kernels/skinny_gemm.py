@@ -1,12 +1,12 @@
-"""Split-K product of few rows with a streamed weight: the GEMM under `concat_fc` and `linear_fp8`.
+"""Split-K product of a few rows with a large weight: the matrix product of `concat_fc` and `linear_fp8`.
 
     out[m, :] = scale * sum_c W[:, c] @ f_c(x_c[m])      f_c: nothing, or RMSNorm
 
-Below about 64 rows the product is bound by reading W once. Each program takes a tile of output columns and
-one share of one chunk's inner dimension, so that even a narrow W keeps the whole GPU reading; partial sums go
-to fp32 scratch and a second launch adds them in a fixed order (no float atomics: results repeat bit for bit).
-W is the left operand of the tile product, so its rows, not the few activation rows, fill the 64-row side of
-wgmma.
+Below about 64 rows the product takes as long as reading W once. Each program takes a tile of output columns and one
+share of one chunk's inner dimension, so that all SMs of the GPU read even a narrow W. Partial sums go to fp32 scratch,
+and a second launch adds them in a fixed order. Without float atomics the results repeat bit for bit.
+W is the left operand of the tile product: the 64-row side of wgmma is filled by rows of W instead of the few rows of
+the input.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class SplitKConfig:
 
 
 def split_k_config(n: int, h: int, widths: Sequence[int], sms: int, fp32: bool = False) -> SplitKConfig:
-    """Tiles for n rows, h output columns and chunks of the given widths. A fixed table: no autotuning.
+    """Tiles for n rows, h output columns and chunks of the given widths, by fixed rules without autotuning.
 
-    Aims at four programs per SM, each with at least four (for narrow chunks two) tiles to pipeline.
+    It aims at four programs per SM, each with at least four tiles to pipeline (two for narrow chunks).
     """
     block_m = min(max(next_power_of_2(n), 16), 64)
     block_n = 64
@@ -76,6 +76,7 @@ def _rstd_kernel(
             tl.store(rstd_ptr + m * n_chunks + c, 1.0 / tl.sqrt(whole_sum / whole_width + eps))
 
 
+# Long: a quarter is the signature, and the steps of one program share too many values to be functions of their own.
 @triton.jit
 def _split_k_kernel(
     x_ptrs, x_strides, widths,
@@ -177,9 +178,9 @@ def skinny_gemm(
 ) -> Tensor:
     """Launch the split-K product: states [n, h_c] each, weight [h, sum h_c] -> [n, h] in the states' dtype.
 
-    norms are one RMSNorm weight [h_c] a chunk, with one statistic over all chunks if `whole`; scale [h] fp32
-    multiplies output columns (fp8 weights). Arguments are checked by the public functions; only what the
-    kernels assume about memory is asserted here.
+    norms: one RMSNorm weight [h_c] per chunk, with one statistic over all chunks if `whole`; scale [h] fp32 multiplies
+    the output columns (fp8 weights). The public functions check the arguments; this asserts only what the kernels
+    assume about memory.
     """
     x0, h = states[0], weight.shape[0]
     widths = tuple(x.shape[1] for x in states)

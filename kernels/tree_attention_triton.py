@@ -1,4 +1,4 @@
-"""The Triton kernel of `tree_attention`; see there for what it computes."""
+"""The Triton kernel of `tree_attention`, which describes what it computes."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from ._triton import tl, triton
 
 @triton.jit
 def _find_block(starts_ptr, requests, index, BLOCK_Q: tl.constexpr):
-    """The request that the `index`-th block of rows belongs to, and which of its blocks it is.
+    """The request of the `index`-th block of rows, and the number of this block among the request's blocks.
 
-    Request r has its blocks from starts[r] // BLOCK_Q + r on, room enough for all of them. So the grid has about as
-    many programs as there are blocks, however much longer than the others one request is.
+    The blocks of request r begin at index starts[r] // BLOCK_Q + r, which leaves room for all blocks before them. So
+    the grid is hardly larger than the number of blocks, even if one request is much longer than the others.
     """
     low = 0
     high = requests
@@ -50,7 +50,7 @@ def _attend_tile(
     slot = block.to(tl.int64) * kv_block_stride + (key % BLOCK_SIZE) * kv_slot_stride
     k = tl.load(kv_ptr + slot[:, None] + d[None, :], mask=kv_mask, other=0.0)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * factor
-    if HAS_SOFTCAP:  # factor is the scale over the cap; tanh without overflow
+    if HAS_SOFTCAP:  # `factor` is scale / softcap; this form of tanh cannot overflow
         ratio = tl.exp2(-2.885390081777927 * tl.abs(scores))
         scores = (
             tl.where(scores < 0, -1.0, 1.0) * (softcap * 1.4426950408889634) * (1.0 - ratio) / (1.0 + ratio)
@@ -65,7 +65,7 @@ def _attend_tile(
         scores = tl.where((in_prefix | in_tree) & key_ok[None, :], scores, float("-inf"))
     new_best = tl.maximum(best, tl.max(scores, 1))
     safe = new_best
-    if MASKED:  # a row may have seen no key yet
+    if MASKED:  # a row may not have seen any key so far
         safe = tl.where(new_best == float("-inf"), 0.0, new_best)
     weights = tl.exp2(scores - safe[:, None])
     decay = tl.exp2(best - safe)
@@ -74,6 +74,7 @@ def _attend_tile(
     return new_best, total * decay + tl.sum(weights, 1), acc
 
 
+# Long: a third is the signature, and the steps of one program share too many values to be functions of their own.
 @triton.jit
 def tree_attention_kernel(
     out_ptr, out_stride,
@@ -121,7 +122,7 @@ def tree_attention_kernel(
     root = tl.load(root_ptr + token, mask=row_ok, other=0).to(tl.int32)
     position = tl.load(positions_ptr + token, mask=row_ok, other=0).to(tl.int32)
 
-    # Keys from `first` to `last` are all that these rows can see; those before `whole` are visible to each of them.
+    # These rows see no keys outside `first` to `last`. Every row sees all keys before `whole`.
     last = tl.max(tl.where(row_ok, root + tl.where(bits == 1, 1, 63), 0), 0)
     last = tl.minimum(last, tl.load(lens_ptr + request)).to(tl.int32)
     whole = tl.min(tl.where(row_ok, root, 1 << 30), 0)
@@ -143,7 +144,7 @@ def tree_attention_kernel(
     best = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     if HAS_SINKS:
-        counted = row_ok & (split == 0)  # one more logit, in the first share
+        counted = row_ok & (split == 0)  # the sink is one more logit, in the first share
         best = (
             tl.load(sinks_ptr + head, mask=counted, other=float("-inf")).to(tl.float32) * 1.4426950408889634
         )
@@ -156,7 +157,7 @@ def tree_attention_kernel(
     table_ptr += request.to(tl.int64) * table_stride
     n = tl.arange(0, TILE)
     middle = low + tl.maximum(tl.minimum(high, whole) - low, 0) // TILE * TILE
-    if not (NODES_ONLY or HAS_WINDOW):  # there `whole` leaves nothing to this loop
+    if not (NODES_ONLY or HAS_WINDOW):  # in these cases no key is visible to all rows
         for begin in range(low, middle, TILE):
             best, total, acc = _attend_tile(
                 q, begin + n, None, best, total, acc, kv_ptr, kv_block_stride, kv_slot_stride, table_ptr,

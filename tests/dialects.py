@@ -133,7 +133,36 @@ def write_dialect(
         config: keys of config.json to add or replace; a value of None removes the key.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    body: dict[str, Any] = {
+    layer = _layer_config(dims, attention_bias)
+    flags: dict[str, Any] = {
+        "draft_vocab_size": dims.draft_vocab,
+        "norm_before_residual": norm_before_residual,
+        "norm_before_fc": norm_before_fc,
+    }
+    flags |= {key: True for key, value in {"fc_norm": fc_norm, "norm_output": norm_output}.items() if value}
+    if dims.target_hidden != dims.hidden or dialect == "speculators":
+        flags["target_hidden_size"] = dims.target_hidden
+    after_layers = None if aux_layers is None else list(aux_layers)
+    outputs = None if aux_layers is None else [i - 1 for i in aux_layers]
+    if dialect == "safeailab":
+        values = layer | flags | _safeailab(dims, after_layers)
+    elif dialect == "specforge":
+        values = layer | flags | _specforge(dims, outputs)
+    elif dialect == "modelopt":
+        del flags["norm_before_fc"]  # it stands in eagle_config
+        values = layer | flags | _modelopt(dims, outputs, norm_before_fc)
+    elif dialect == "speculators":
+        values = flags | _speculators(dims, layer, after_layers, verifier, speculative_tokens)
+    else:
+        raise ValueError(f"dialect: expected one of {DIALECTS}, found {dialect!r}")
+    values = {key: value for key, value in (values | (config or {})).items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(values, indent=1))
+    write_weights(folder, _named(tensors, dialect), files)
+    return folder
+
+
+def _layer_config(dims: Dims, attention_bias: bool) -> dict[str, Any]:
+    return {
         "model_type": dims.model_type,
         "hidden_size": dims.hidden,
         "intermediate_size": dims.intermediate,
@@ -148,66 +177,63 @@ def write_dialect(
         "attention_bias": attention_bias,
         "tie_word_embeddings": False,
     }
-    old_rope = {"rope_theta": dims.rope_theta, "rope_scaling": None}
-    new_rope = {"rope_parameters": {"rope_theta": dims.rope_theta, "rope_type": "default"}}
-    flags: dict[str, Any] = {
-        "draft_vocab_size": dims.draft_vocab,
-        "norm_before_residual": norm_before_residual,
-    }
-    flags |= {key: True for key, value in {"fc_norm": fc_norm, "norm_output": norm_output}.items() if value}
-    if dims.target_hidden != dims.hidden or dialect == "speculators":
-        flags["target_hidden_size"] = dims.target_hidden
-    as_outputs = None if aux_layers is None else [i - 1 for i in aux_layers]
-    qwen3 = dims.model_type == "qwen3"
 
-    written = dict(tensors)
-    if dialect == "safeailab":
-        values = body | old_rope | flags | {"norm_before_fc": norm_before_fc}
-        values["architectures"] = ["Qwen3ForCausalLM" if qwen3 else "LlamaForCausalLM"]
-        if aux_layers is not None:
-            values[IDS] = list(aux_layers)
-        written = _with_old_layer_names(written)
-    elif dialect == "specforge":
-        values = body | old_rope | flags | {"norm_before_fc": norm_before_fc}
-        values["architectures"] = ["Eagle3Qwen3ForCausalLM" if qwen3 else "LlamaForCausalLMEagle3"]
-        values["eagle_config"] = {"use_aux_hidden_state": True, IDS: as_outputs}
-        written = _with_old_layer_names(written)
-    elif dialect == "modelopt":
-        values = body | old_rope | flags
-        values["architectures"] = ["Eagle3Qwen3ForCausalLM" if qwen3 else "LlamaForCausalLMEagle3"]
-        values["eagle_config"] = {
-            "use_aux_hidden_state": True,
-            "use_input_layernorm_in_first_layer": True,
-            "use_last_layernorm": True,
-            "use_mtp_layernorm": False,
-            "next_layer_regular": True,
-            "parallel_draft_step": 1,
-            "norm_before_fc": norm_before_fc,
-            IDS: as_outputs,
-        }
-        written.pop("t2d", None)
-    elif dialect == "speculators":
-        proposal = {"proposal_type": "greedy", "speculative_tokens": speculative_tokens}
-        values = flags | {
-            "architectures": ["Eagle3DraftModel"],
-            "speculators_model_type": "eagle3",
-            "speculators_version": "0.5.0",
-            "speculators_config": {
-                "algorithm": "eagle3",
-                "default_proposal_method": "greedy",
-                "proposal_methods": [proposal],
-                "verifier": {"name_or_path": verifier, "architectures": ["LlamaForCausalLM"]},
-            },
-            "transformer_layer_config": body | new_rope,
-            "norm_before_fc": norm_before_fc,
-            IDS: None if aux_layers is None else list(aux_layers),
-        }
-    else:
-        raise ValueError(f"dialect: expected one of {DIALECTS}, found {dialect!r}")
-    values = {key: value for key, value in (values | (config or {})).items() if value is not None}
-    (folder / "config.json").write_text(json.dumps(values, indent=1))
-    write_weights(folder, written, files)
-    return folder
+
+def _rope(dims: Dims) -> dict[str, Any]:
+    """As transformers before version 5 writes it."""
+    return {"rope_theta": dims.rope_theta, "rope_scaling": None}
+
+
+def _safeailab(dims: Dims, layers: list[int] | None) -> dict[str, Any]:
+    name = "Qwen3ForCausalLM" if dims.model_type == "qwen3" else "LlamaForCausalLM"
+    return _rope(dims) | {"architectures": [name], IDS: layers}
+
+
+def _specforge(dims: Dims, outputs: list[int] | None) -> dict[str, Any]:
+    name = "Eagle3Qwen3ForCausalLM" if dims.model_type == "qwen3" else "LlamaForCausalLMEagle3"
+    eagle_config = {"use_aux_hidden_state": True, IDS: outputs}
+    return _rope(dims) | {"architectures": [name], "eagle_config": eagle_config}
+
+
+def _modelopt(dims: Dims, outputs: list[int] | None, norm_before_fc: bool) -> dict[str, Any]:
+    values = _specforge(dims, outputs)
+    values["eagle_config"] |= {
+        "use_input_layernorm_in_first_layer": True,
+        "use_last_layernorm": True,
+        "use_mtp_layernorm": False,
+        "next_layer_regular": True,
+        "parallel_draft_step": 1,
+        "norm_before_fc": norm_before_fc,
+    }
+    return values
+
+
+def _speculators(
+    dims: Dims, layer: dict[str, Any], layers: list[int] | None, verifier: str, speculative_tokens: int
+) -> dict[str, Any]:
+    rope = {"rope_theta": dims.rope_theta, "rope_type": "default"}
+    return {
+        "architectures": ["Eagle3DraftModel"],
+        "speculators_model_type": "eagle3",
+        "speculators_version": "0.5.0",
+        "speculators_config": {
+            "algorithm": "eagle3",
+            "default_proposal_method": "greedy",
+            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": speculative_tokens}],
+            "verifier": {"name_or_path": verifier, "architectures": ["LlamaForCausalLM"]},
+        },
+        "transformer_layer_config": layer | {"rope_parameters": rope},
+        IDS: layers,
+    }
+
+
+def _named(tensors: dict[str, Tensor], dialect: str) -> dict[str, Tensor]:
+    """The tensors under the dialect's names."""
+    if dialect in ("safeailab", "specforge"):
+        return {name.replace("layers.0.", "midlayer."): tensor for name, tensor in tensors.items()}
+    if dialect == "modelopt":
+        return {name: tensor for name, tensor in tensors.items() if name != "t2d"}
+    return tensors
 
 
 def write_weights(folder: Path, tensors: dict[str, Tensor], files: str) -> None:
@@ -223,7 +249,3 @@ def write_weights(folder: Path, tensors: dict[str, Tensor], files: str) -> None:
     for shard in sorted(set(weight_map.values())):
         save({name: tensor for name, tensor in tensors.items() if weight_map[name] == shard}, folder / shard)
     (folder / f"{stem}{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-
-
-def _with_old_layer_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.replace("layers.0.", "midlayer."): tensor for name, tensor in tensors.items()}

@@ -1,4 +1,4 @@
-"""Imports point one way and never in a circle, read from the sources by `ast` (1 s)."""
+"""Imports point one way and never in a circle; functions are short. Read from the sources (1 s)."""
 
 import ast
 from collections.abc import Iterator
@@ -23,6 +23,7 @@ FOUNDATION = {"user_input", "checkpoint", "config", "provenance", "prompts"}
 # These may import vLLM's modules, others only `vllm` itself and PUBLIC.
 NAMES_VLLM = {"runner", "model", "benchmarks", "examples"}
 PUBLIC = ("vllm.sampling_params",)
+LONGEST_FUNCTION = 60  # lines
 
 
 class Module:
@@ -151,3 +152,24 @@ def test_vllms_modules_are_imported_in_the_rooms_of_its_runners_only():
         and "." in imported.removeprefix("vllm.")
     }
     assert found == set()
+
+
+def sources(*kinds: str) -> dict[str, list[str]]:
+    """The lines of all files of these kinds, by path."""
+    folders = ("vllm_eagle3", "kernels", "examples", "benchmarks")
+    paths = [path for folder in folders for kind in kinds for path in ROOT.glob(f"{folder}/**/*.{kind}")]
+    return {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8").splitlines() for path in paths}
+
+
+def test_a_long_function_gives_its_reason():
+    """In a comment that begins with `# Long:` above the function and its decorators."""
+    found = {}
+    for file, lines in sources("py").items():
+        for node in ast.walk(ast.parse("\n".join(lines))):
+            if isinstance(node, ast.FunctionDef):
+                first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+                reason = lines[first - 2].startswith("# Long: ")
+                length = (node.end_lineno or 0) - node.lineno + 1
+                if length > LONGEST_FUNCTION and not reason:
+                    found[f"{file}:{node.name}"] = length
+    assert found == {}

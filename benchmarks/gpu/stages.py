@@ -83,6 +83,7 @@ def target() -> tuple[str, ...]:
     return ("--target", os.environ["TARGET"]) if "TARGET" in os.environ else ()
 
 
+# Long: a table.
 def stages() -> list[Stage]:
     """All stages, most valuable first; `calls` groups them."""
     kernels = ("concat_fc", "head_topk", "tree_steps", "linear_fp8")

@@ -48,17 +48,52 @@ def path_attention(
 
     query [batch * nodes, heads, head_dim], adjacent heads; kv_cache [blocks, kv_heads, block_size, 2 * head_dim] as
     `layout` orders it, in query's dtype; block_table int [batch or more, blocks]; prefix_lens int [batch], cached
-    tokens that all nodes of a request see; keys, values [batch or more, slots, kv_heads, head_dim], contiguous:
-    scratch; paths int64 [batch, nodes, 1 to 64]: slots of each node's ancestors and, last, its own. window: sliding
-    window in tokens, 0 for none, longer than a path; a node stands at position prefix_len - 1 + length.
-    new: this level's keys and values [batch * nodes, kv_heads, head_dim], put to the nodes' own slots first.
+    tokens that all nodes of a request read; keys, values [batch or more, slots, kv_heads, head_dim], contiguous: the
+    scratch; paths int64 [batch, nodes, 1 to 64]: slots of each node's ancestors and, last, its own slot. window:
+    sliding window in tokens, 0 for none, longer than a path; a node is at position prefix_len - 1 + length. new: this
+    level's keys and values [batch * nodes, kv_heads, head_dim], which are first written to the nodes' own slots.
 
     Raises ValueError on shapes or dtypes that do not fit.
     """
-    rows, heads, head_dim = query.shape
+    _check(query, kv_cache, layout, block_table, prefix_lens, keys, values, paths, new)
+    if out is None:
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    if out.shape != query.shape or out.dtype != query.dtype or not out.is_contiguous():
+        raise ValueError(f"out must be {query.dtype} {tuple(query.shape)}, contiguous")
+    if choose_backend(backend) == "torch":
+        return path_attention_torch(
+            query, kv_cache, layout, block_table, prefix_lens, keys, values, paths, out, scale=scale,
+            window=window, new=new,
+        )  # fmt: skip
+    heads, head_dim = query.shape[1:]
+    if any(t.stride()[1:] != (head_dim, 1) for t in (query, *(new or ()))):
+        raise ValueError("query and new must have adjacent heads")
+    block_table, prefix = int32(block_table), int32(prefix_lens)
+    paths = paths if paths.stride(2) == 1 else paths.contiguous()
+    new_keys, new_values = new or (None, None)
+    library = native()
+    assert library is not None
+    arguments = _Arguments(
+        pointer(out), pointer(query), pointer(kv_cache), pointer(block_table), pointer(prefix), pointer(keys),
+        pointer(values), pointer(paths), pointer(new_keys), pointer(new_values), pointer(layout.keys),
+        pointer(layout.values), query.stride(0), new_keys.stride(0) if new_keys is not None else 0,
+        new_values.stride(0) if new_values is not None else 0, block_table.stride(0), kv_cache.stride(0),
+        kv_cache.stride(1), paths.stride(0), paths.stride(1), *paths.shape, keys.shape[1], heads,
+        kv_cache.shape[1], head_dim, layout.block_size, layout.kind, window, DTYPES[query.dtype], scale,
+    )  # fmt: skip
+    if library.path_attention(ctypes.byref(arguments)):
+        raise ValueError(f"the native kernels of this machine do not take {query.dtype}")
+    return out
+
+
+def _check(
+    query: Tensor, kv_cache: Tensor, layout: KVLayout, block_table: Tensor, prefix_lens: Tensor, keys: Tensor,
+    values: Tensor, paths: Tensor, new: tuple[Tensor, Tensor] | None,
+) -> None:  # fmt: skip
+    check_cache(query, kv_cache, layout)
+    rows, _, head_dim = query.shape
     batch, nodes, length = paths.shape
     kv_heads = kv_cache.shape[1]
-    check_cache(query, kv_cache, layout)
     for name, t in (("keys", keys), ("values", values)):
         good = t.shape == keys.shape and t.shape[2:] == (kv_heads, head_dim) and len(t) >= batch
         if not (good and t.dtype == query.dtype and t.is_contiguous()):
@@ -81,33 +116,6 @@ def path_attention(
             raise ValueError(
                 f"new must be {query.dtype} [{rows}, {kv_heads}, {head_dim}], found {t.dtype} {tuple(t.shape)}"
             )
-    if out is None:
-        out = torch.empty(rows, heads, head_dim, dtype=query.dtype)
-    if out.shape != query.shape or out.dtype != query.dtype or not out.is_contiguous():
-        raise ValueError(f"out must be {query.dtype} {tuple(query.shape)}, contiguous")
-    if choose_backend(backend) == "torch":
-        return path_attention_torch(
-            query, kv_cache, layout, block_table, prefix_lens, keys, values, paths, out, scale=scale,
-            window=window, new=new,
-        )  # fmt: skip
-    if any(t.stride()[1:] != (head_dim, 1) for t in (query, *(new or ()))):
-        raise ValueError("query and new must have adjacent heads")
-    block_table, prefix = int32(block_table), int32(prefix_lens)
-    paths = paths if paths.stride(2) == 1 else paths.contiguous()
-    new_keys, new_values = new or (None, None)
-    library = native()
-    assert library is not None
-    arguments = _Arguments(
-        pointer(out), pointer(query), pointer(kv_cache), pointer(block_table), pointer(prefix), pointer(keys),
-        pointer(values), pointer(paths), pointer(new_keys), pointer(new_values), pointer(layout.keys),
-        pointer(layout.values), query.stride(0), new_keys.stride(0) if new_keys is not None else 0,
-        new_values.stride(0) if new_values is not None else 0, block_table.stride(0), kv_cache.stride(0),
-        kv_cache.stride(1), paths.stride(0), paths.stride(1), batch, nodes, length, keys.shape[1], heads,
-        kv_heads, head_dim, layout.block_size, layout.kind, window, DTYPES[query.dtype], scale,
-    )  # fmt: skip
-    if library.path_attention(ctypes.byref(arguments)):
-        raise ValueError(f"the native kernels of this machine do not take {query.dtype}")
-    return out
 
 
 def path_attention_torch(

@@ -1,4 +1,4 @@
-"""`kernels.tree_attention` for a CPU's paged cache: the rule, the rows and the masks are the same.
+"""`kernels.tree_attention` for a CPU's paged cache, with the same rule, rows and masks.
 
 out[t] = softmax(scale * q[t] . K) V over the keys k with k < root[t] or bit (k - root[t]) of bits[t]
 """
@@ -47,21 +47,13 @@ def tree_attention(
     orders it, this step's rows included, in query's dtype; block_table int [requests, blocks]; query_start_loc int
     [requests + 1]; seq_lens int [requests], this step's rows included; root, bits, positions int64 [tokens or more]:
     position of the tree's root, ancestors, root + depth. window: sliding window in tokens, 0 for none, longer than a
-    tree is deep; softcap: 0 for none; sinks [heads]. Rows past the last request's are left as they are.
+    tree is deep; softcap: 0 for none; sinks [heads]. Rows after those of the last request are not written.
 
     Raises ValueError on shapes or dtypes that do not fit.
     """
-    tokens, heads, head_dim = query.shape
-    check_cache(query, kv_cache, layout)
-    for name, t in (("root", root), ("bits", bits), ("positions", positions)):
-        if t.dtype != torch.int64 or t.shape[0] < tokens or not t.is_contiguous():
-            raise ValueError(f"{name} must be int64 [{tokens}], found {t.dtype} {tuple(t.shape)}")
-    requests = len(seq_lens)
-    if len(query_start_loc) != requests + 1 or len(block_table) < requests:
-        raise ValueError(
-            f"expected query_start_loc [{requests + 1}] and block_table [{requests}, blocks] for {requests} requests, "
-            f"found {tuple(query_start_loc.shape)} and {tuple(block_table.shape)}"
-        )
+    rows = {"root": root, "bits": bits, "positions": positions}
+    _check(query, kv_cache, layout, block_table, query_start_loc, seq_lens, rows)
+    requests, (tokens, heads, head_dim) = len(seq_lens), query.shape
     if out is None:
         out = torch.zeros(tokens, heads, head_dim, dtype=query.dtype)
     if out.shape != query.shape or out.dtype != query.dtype:
@@ -89,6 +81,22 @@ def tree_attention(
     if library.tree_attention(ctypes.byref(arguments)):
         raise ValueError(f"the native kernels of this machine do not take {query.dtype}")
     return out
+
+
+def _check(
+    query: Tensor, kv_cache: Tensor, layout: KVLayout, block_table: Tensor, query_start_loc: Tensor,
+    seq_lens: Tensor, rows: dict[str, Tensor],
+) -> None:  # fmt: skip
+    check_cache(query, kv_cache, layout)
+    tokens, requests = len(query), len(seq_lens)
+    for name, t in rows.items():
+        if t.dtype != torch.int64 or t.shape[0] < tokens or not t.is_contiguous():
+            raise ValueError(f"{name} must be int64 [{tokens}], found {t.dtype} {tuple(t.shape)}")
+    if len(query_start_loc) != requests + 1 or len(block_table) < requests:
+        raise ValueError(
+            f"expected query_start_loc [{requests + 1}] and block_table [{requests}, blocks] for {requests} requests, "
+            f"found {tuple(query_start_loc.shape)} and {tuple(block_table.shape)}"
+        )
 
 
 def tree_attention_torch(
@@ -129,8 +137,8 @@ def tree_attention_torch(
             sink = sinks.float().view(1, kv_heads, -1, 1).expand(len(q), -1, -1, 1)
             scores = torch.cat([scores, sink], dim=-1)
         weights = scores.softmax(dim=-1)[..., :length]
-        weights = weights.masked_fill(~visible.any(-1, keepdim=True), 0.0)  # a row that sees nothing
-        # What no row of the request sees may hold anything, NaN included: weight 0 does not cancel that.
+        weights = weights.masked_fill(~visible.any(-1, keepdim=True), 0.0)  # a row that sees no key
+        # Keys that no row of the request sees may be NaN, and weight 0 times NaN is NaN.
         values = values.masked_fill(~visible.any(0)[0, 0, :, None], 0.0)
         context = torch.einsum("tkgl,kld->tkgd", weights, values)
         out[rows] = context.reshape(-1, heads, head_dim).to(out.dtype)
@@ -138,7 +146,7 @@ def tree_attention_torch(
 
 
 def check_cache(query: Tensor, kv_cache: Tensor, layout: KVLayout) -> None:
-    """Raises ValueError where queries [..., heads, head_dim] cannot attend to this cache."""
+    """Raise ValueError if queries [..., heads, head_dim] cannot attend to this cache."""
     heads, head_dim = query.shape[-2:]
     kv_heads = kv_cache.shape[1]
     expected = (layout.block_size, 2 * layout.head_dim)

@@ -87,6 +87,7 @@ def pipe(folder: Path) -> None:
     os.mkfifo(folder / "config.json")
 
 
+# Long: a table.
 def broken_drafts() -> dict[str, tuple[Callable[[Path], Any], str, str]]:
     """What is wrong -> (how to break a good draft, the file that the message names, the rest of the message)."""
     weights = "model.safetensors"

@@ -148,6 +148,7 @@ def compile_launches(call: Callable[[], object]) -> list[Compiled]:
     return done
 
 
+# Long: a table.
 def launches_of_8b_shapes() -> dict[str, Callable[[], object]]:
     """Every operation at the shapes of an 8B model, plus the dtypes and forms that compile apart."""
     from vllm_eagle3 import kernels as k

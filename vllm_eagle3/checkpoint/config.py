@@ -1,4 +1,4 @@
-"""config.json of any dialect -> `DraftConfig`, with every convention resolved and said."""
+"""Reads config.json of any dialect into `DraftConfig`, and notes how it resolved each convention."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ MODELOPT_KEYS = {
     "parallel_draft_heads_num_layers",
     "norm_before_fc",
 }
-# What of a layer's config is passed on unchanged where present; the rest of it is resolved here.
+# Keys of the layer's config that are copied unchanged where they are present. The other keys are resolved here.
 PASSED_ON = (
     "initializer_range",
     "attention_dropout",
@@ -39,8 +39,9 @@ PASSED_ON = (
 class DraftConfig:
     """The canonical form of a draft's configuration.
 
-    With `unsupported_reason` set, stock vLLM serves the draft and this plugin does not: then only `dialect`,
-    `layer_config` (the layer's config as found) and the notes mean anything; sizes the config does not state are 0.
+    If `unsupported_reason` is set, vLLM's own EAGLE-3 serves the draft instead of this plugin. Then only `dialect`,
+    `layer_config` (the layer's config as found) and `notes` are meaningful, and sizes that the config does not state
+    are 0.
     """
 
     dialect: str
@@ -50,14 +51,14 @@ class DraftConfig:
     hidden_size: int
     target_hidden_size: int
     vocab_size: int
-    """Of the target: rows of the embedding."""
+    """Rows of the target's embedding."""
     draft_vocab_size: int
-    """Rows of the draft's lm_head; equal to `vocab_size` where the draft has no vocabulary of its own."""
+    """Rows of the draft's lm_head; equal to `vocab_size` if the draft uses the target's whole vocabulary."""
     aux_layers: AuxLayers | None
-    """After-k ids; None when neither the config nor the target's number of layers is known."""
+    """After-k ids; None if the config names none and the target's number of layers is unknown."""
     max_position_embeddings: int
     num_aux_hidden_states: int = USUAL
-    """States of the target that fc joins."""
+    """How many states of the target fc joins."""
     use_aux_hidden_state: bool = True
     norm_before_residual: bool = False
     """The residual is hidden_norm(g), not g."""
@@ -70,7 +71,7 @@ class DraftConfig:
     tie_word_embeddings: bool = False
     """Without a shipped lm_head, the rows of a shipped embedding are the head."""
     notes: tuple[str, ...] = ()
-    """What was resolved, and why."""
+    """What was resolved and why, one sentence each."""
     unsupported_reason: str | None = None
 
     @property
@@ -86,26 +87,23 @@ def resolve_config(
     target_config: Mapping[str, Any] | None = None,
     aux_layers: Any = None,
 ) -> DraftConfig:
-    """A draft's config.json in any dialect -> the canonical form.
+    """The canonical form of a draft's config.json of any dialect.
 
     Args:
         config: the parsed config.json.
-        source: what errors name, usually the path of config.json.
-        target_config: the target's parsed config.json (multimodal ones nest the text model); checked against.
+        source: the name used in error messages, usually the path of config.json.
+        target_config: the target's parsed config.json, which the draft must fit. Multimodal targets nest the text
+            model in it.
         aux_layers: after-k ids that override the checkpoint's (option `aux_layers`).
 
     Raises:
-        CheckpointError: something is wrong, ambiguous or made for another target.
+        CheckpointError: the config is wrong or ambiguous, or the draft was made for another target.
     """
-    reader = Reader(config, source)
     check_kinds(config, source)
     dialect = _dialect(config)
-    if dialect == "speculators":
-        reader = Reader(reader.mapping("transformer_layer_config", required=True), source)
-        check_kinds(reader.values, source)
-    layer = reader.values
-    if reason := left_to_stock(config, layer):
-        return _unsupported(dialect, config, layer, reason)
+    reader = _layer_reader(config, dialect, source)
+    if reason := left_to_stock(config, reader.values):
+        return _unsupported(dialect, config, reader.values, reason)
 
     notes = [f"dialect: {dialect}"]
     layer_config = _layer_config(reader, config, notes)
@@ -145,6 +143,15 @@ def resolve_config(
     )
 
 
+def _layer_reader(config: Mapping[str, Any], dialect: str, source: str) -> Reader:
+    """A reader of the keys that describe the decoder layer: speculators nests them."""
+    reader = Reader(config, source)
+    if dialect == "speculators":
+        reader = Reader(reader.mapping("transformer_layer_config", required=True), source)
+        check_kinds(reader.values, source)
+    return reader
+
+
 def _norms(flags: Reader, dialect: str, notes: list[str]) -> dict[str, Any]:
     """Which of the optional norms the draft has, as fields of DraftConfig."""
     if dialect == "speculators" and flags.values.get("norm_before_residual") is None:
@@ -175,7 +182,7 @@ def _draft_vocab_size(flags: Reader, vocab_size: int) -> int:
 
 
 def _number_of_states(flags: Reader) -> int | None:
-    """How many of the target's states the draft fuses, where config.json says it."""
+    """How many of the target's states the draft fuses, if config.json says so."""
     numbers = {
         key: flags.size(key)
         for key in ("num_aux_hidden_states", "num_aux_layers")
@@ -245,14 +252,14 @@ def _layer_config(reader: Reader, config: Mapping[str, Any], notes: list[str]) -
 
 
 def _family(config: Mapping[str, Any], layer: Mapping[str, Any]) -> str:
-    """Llama or qwen3 (norms on q and k): by architecture where vLLM goes by it, else by the type."""
+    """Llama or qwen3 (norms on q and k): from the architecture if vLLM decides by it, else from the model type."""
     if layer is not config:
         return layer.get("model_type", "llama")
     return "llama" if config["architectures"][0] in LLAMA else "qwen3"
 
 
 def _refuse_unknown_forward(nested: Mapping[str, Any], source: str) -> None:
-    """ModelOpt's switches of the layer: vLLM ignores them, and a draft that uses them drafts noise."""
+    """Refuse ModelOpt's other forms of the layer. vLLM ignores these switches, and the draft would produce noise."""
     wanted = (
         ("use_input_layernorm_in_first_layer", True),
         ("use_last_layernorm", True),
