@@ -1,7 +1,7 @@
 """Triton kernels of the draft step, each with a plain-torch twin. No vLLM import in here.
 
-Public functions take the fastest path of their tensors' device: Triton on CUDA, plain torch on CPU;
-backend="triton" or "torch" overrides. Triton need not be installed for the torch paths.
+Public functions choose by the device of their tensors: Triton on CUDA, plain torch on a CPU. The argument
+backend="triton" or "torch" overrides the choice. The torch paths do not need Triton.
 """
 
 from ._triton import HAS_TRITON

@@ -1,4 +1,4 @@
-"""How loops on a CPU are compiled: by Numba, which vLLM brings along, once per machine."""
+"""Compiles loops for a CPU with Numba, which vLLM requires. The machine code is cached on disk."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The one place where Triton is imported: backend choice, and stand-ins where Triton is not installed."""
+"""The only file that imports Triton. Chooses backends, and replaces Triton's names if it is not installed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ except ImportError:
     HAS_TRITON = False
 
     class _Absent:
-        """Lets kernel sources be imported without Triton: decorators and annotations only, nothing runs."""
+        """Replaces `triton` and `tl`, so that kernel files can be imported without Triton. No kernel runs with it."""
 
         constexpr = Any
 
@@ -29,15 +29,14 @@ except ImportError:
 
     triton = tl = _Absent()  # type: ignore[assignment]
 
-# SMs of an H100/H200; stands in where no CUDA device can be asked (interpreter, offline compilation).
+# SMs of an H100 or H200, used where no CUDA device can be asked (interpreter, offline compilation).
 _DEFAULT_SMS = 132
 
 
 def choose_backend(backend: Backend | None, *tensors: Tensor | None) -> Backend:
-    """Backend of a call: an explicit one as asked, else "triton" for CUDA tensors and "torch" for the rest.
+    """Backend of a call: the given one, or else "triton" for CUDA tensors and "torch" for others.
 
-    Raises ValueError for an unknown name, for tensors on different devices, or when "triton" is asked for
-    (or the tensors are on CUDA) and Triton is not installed.
+    Raises ValueError for an unknown name, for tensors on different devices, or if Triton is needed and not installed.
     """
     device = None
     for t in tensors:
@@ -63,7 +62,7 @@ def num_sms(device: torch.device) -> int:
 
 
 def row_stride(x: Tensor) -> int:
-    """Row stride of a 2-D tensor; torch reports any value for a single row, kernels want a plain one."""
+    """Row stride of a 2-D tensor. For a single row it is the row's length, because torch may report any value."""
     return x.stride(0) if x.shape[0] > 1 else x.shape[1]
 
 

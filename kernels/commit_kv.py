@@ -1,8 +1,8 @@
-"""Move the accepted path's KV rows to linear slots, all layers of a cache group in one launch.
+"""Moves the accepted path's KV rows to linear slots, for all layers of a cache group in one launch.
 
-After verification node path[i] of a request becomes its i-th token, so its keys and values move from
-slot(path[i]) to slot(i). As path[i] >= i, moving along ascending i never overwrites a later source; the
-kernel moves a request's rows at once, so it reads every source of its columns before it stores any.
+After verification, node path[i] of a request becomes its i-th token, so its keys and values move from slot(path[i])
+to slot(i). Since path[i] >= i, moves in ascending i never overwrite a row that a later move reads. The kernel moves
+all rows of a request together, so it reads all of them before it stores any.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
 @dataclass(frozen=True)
 class KVTable:
-    """Caches of one cache group and, on their device, the table of their addresses: made once, by `kv_table`.
+    """The caches of one cache group, and the table of their addresses on the same device. `kv_table` makes it once.
 
-    caches: one view [num_blocks, 2, block_size, heads, head_dim] a layer, in words of up to 8 bytes; they are
-    kept so that the addresses stay alive. Build it again when caches are reallocated.
+    caches: one view [num_blocks, 2, block_size, heads, head_dim] per layer, in words of up to 8 bytes. They are
+    kept so that the addresses stay valid. Make a new table when the caches are reallocated.
     """
 
     caches: tuple[Tensor, ...]
@@ -33,9 +33,8 @@ class KVTable:
 def kv_table(kv_caches: Sequence[Tensor]) -> KVTable:
     """Table of a cache group's layers.
 
-    kv_caches: one tensor a layer, permuted to [num_blocks, 2 (key, value), block_size, heads, head_dim] with
-    any strides but adjacent head_dim; equal shapes, strides, dtypes, devices. Raises ValueError where they
-    differ.
+    kv_caches: one tensor per layer, permuted to [num_blocks, 2 (key, value), block_size, heads, head_dim], with
+    contiguous head_dim and any other strides. Raises ValueError if their shapes, strides, dtypes or devices differ.
     """
     if not kv_caches:
         raise ValueError("kv_caches is empty: expected one cache a layer")
@@ -109,8 +108,8 @@ def commit_kv(
     """For every request r, move i and layer: cache[dst_slots[r, i]] = cache[src_slots[r, i]], in place.
 
     src_slots, dst_slots int32 or int64 [b, moves], moves <= 64: slots (block * block_size + offset) of the
-    accepted path and of its linear places. A move with equal slots, a negative slot or one beyond the cache
-    does nothing. Within a request all reads come before all writes; no slot may be touched by two requests.
+    accepted path and of its linear places. A move with equal slots, a negative slot or a slot beyond the cache
+    does nothing. Within a request all reads come before all writes. Two requests must not use the same slot.
 
     Raises ValueError on shapes or dtypes that do not fit.
     """
@@ -140,7 +139,7 @@ def commit_kv(
 
 
 def commit_kv_torch(table: KVTable, src_slots: Tensor, dst_slots: Tensor) -> None:
-    """Plain-torch twin of `commit_kv`: indexing makes a copy, so every source is read before the first write."""
+    """Plain-torch twin of `commit_kv`. Indexing makes a copy, so all rows are read before the first write."""
     num_blocks, _, size = table.caches[0].shape[:3]
     src, dst = src_slots.long().flatten(), dst_slots.long().flatten()
     inside = (src >= 0) & (dst >= 0) & (src < num_blocks * size) & (dst < num_blocks * size)

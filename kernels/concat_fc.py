@@ -1,4 +1,4 @@
-"""g = W_fc [l; m; h]: the draft's input from the target's tapped states, without a concatenated tensor.
+"""g = W_fc [l; m; h]: the draft's input from the target's aux states, without a concatenated tensor.
 
 Paper: EAGLE-3 (arXiv 2503.01840), section 3.1. vLLM: `torch.cat` of the states, then `fc`
 (`model_executor/models/llama_eagle3.py`, `combine_hidden_states`).
@@ -15,9 +15,9 @@ from torch import Tensor
 from ._triton import Backend, choose_backend
 from .skinny_gemm import skinny_gemm
 
-# Up to this many rows CUDA tensors take the split-K kernel; above it the product is bound by arithmetic,
-# where cuBLAS on the concatenated states is hard to beat. Not yet measured: benchmarks/bench_concat_fc.py
-# times both.
+# CUDA tensors of at most this many rows use the split-K kernel. With more rows the product is bound by arithmetic, and
+# cuBLAS on the concatenated states should be faster. This limit has not been measured on a GPU yet;
+# benchmarks/bench_concat_fc.py times both.
 SPLIT_K_MAX_ROWS = 64
 
 
@@ -30,12 +30,12 @@ def concat_fc(
     eps: float = 1e-6,
     backend: Backend | None = None,
 ) -> Tensor:
-    """Fuse the tapped states: out[m] = weight @ concat_c(f_c(states[c][m])), shape [n, h].
+    """Fuse the aux states: out[m] = weight @ concat_c(f_c(states[c][m])), shape [n, h].
 
-    states: tensors [n, h_c] of one dtype, rows may be strided; weight [h, sum h_c], same dtype. norm_weights:
-    RMSNorm weights [h_c], one a chunk (checkpoints with `fc_norm`); or input_norm [sum h_c], one RMSNorm over
-    the concatenation (`norm_before_fc`). backend: None for the fastest path of the device, "triton" for the
-    split-K kernel at any number of rows, "torch" for the plain twin.
+    states: tensors [n, h_c] of one dtype, rows of any stride; weight [h, sum h_c], same dtype. norm_weights: RMSNorm
+    weights [h_c], one per state (checkpoints with `fc_norm`); or input_norm [sum h_c], one RMSNorm over the
+    concatenation (`norm_before_fc`). backend: None chooses by device and number of rows, "triton" is the split-K
+    kernel, "torch" the plain twin.
 
     Raises ValueError on shapes or dtypes that do not fit together.
     """
@@ -59,8 +59,8 @@ def concat_fc_torch(
 ) -> Tensor:
     """Plain-torch twin of `concat_fc`, and its CPU path.
 
-    One product over the concatenation: on a CPU three partial products (addmm) took 9 to 44 % longer in bf16,
-    and from 11 % less to 5 % more in fp32 (medians, benchmarks/results/concat_fc_cpu_*.json).
+    It is one product over the concatenation. On a CPU, three partial products (addmm) took 9 to 44 % longer in bf16,
+    and between 11 % less and 5 % more in fp32 (medians, benchmarks/results/concat_fc_cpu_*.json).
     """
     if norm_weights is not None:
         states = [F.rms_norm(x, w.shape, w, eps) for x, w in zip(states, norm_weights, strict=True)]

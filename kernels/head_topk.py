@@ -1,13 +1,13 @@
-"""Draft-vocabulary head with top-k: logits are reduced where they are made and never written to memory.
+"""The head with its top-k over the draft's vocabulary. A program reduces its logits at once and never stores them.
 
     logits = logit_scale * x @ W^T;  top-k (ties: lowest id), log-sum-exp;  target id = id + d2t[id]
 
-vLLM: head, a `-inf` tensor of the target vocabulary, a scatter, then argmax
-(`model_executor/models/llama_eagle3.py`, `compute_logits`). The same tokens come from the draft vocabulary.
+vLLM computes the head, scatters its logits into a `-inf` tensor of the target's vocabulary, then takes the argmax
+(`model_executor/models/llama_eagle3.py`, `compute_logits`). The draft's vocabulary gives the same tokens directly.
 
-A logit and its id are packed into one int64 key whose order is (logit, then lower id): one integer maximum
-finds both, keys are unique, and the j-th best is the largest key below the (j-1)-th. NaN counts as the
-largest logit, as in torch.topk.
+A logit and its id are packed into one int64 key, ordered by logit and then by lower id. So one integer maximum finds
+both, all keys are different, and the j-th best is the largest key below the (j-1)-th. NaN counts as the largest
+logit, as in torch.topk.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _pack_keys(logits, ids):
 
 @triton.jit
 def _finite_or_zero(m):
-    """What may be subtracted inside exp: keeps exp(-inf), exp(inf) and NaN as log-sum-exp wants them."""
+    """0 for an infinity, else m: the value to subtract inside exp, so that log-sum-exp of infinities is right."""
     return tl.where(tl.abs(m) == float("inf"), 0.0, m)
 
 
@@ -84,7 +84,7 @@ def _block_topk_kernel(
         w = tl.load(w_rows + cols[None, :], mask=w_mask, other=0.0)
         x = tl.load(x_rows + cols[:, None], mask=x_mask, other=0.0)
         acc = tl.dot(w.to(x.dtype), x, acc, input_precision="ieee")
-    # Rows beyond the vocabulary get -inf and the highest ids: every true row comes before them.
+    # Rows beyond the vocabulary get -inf and the highest ids, so that all real rows come before them.
     logits = tl.where(v_ok[:, None], acc * logit_scale, float("-inf"))
 
     offset = offs_m.to(tl.int64) * tl.num_programs(1) + block
@@ -149,11 +149,11 @@ def head_topk(
     logit_scale: float = 1.0,
     backend: Backend | None = None,
 ) -> HeadTopK:
-    """Top-k of logit_scale * x @ weight^T in the draft vocabulary, mapped to target ids.
+    """Top-k of logit_scale * x @ weight^T in the draft's vocabulary, mapped to target ids.
 
-    x [n, h]; weight [V, h] of x's dtype; d2t int64 [V] offsets (None: draft and target vocabularies agree);
-    1 <= k <= min(V, 64). Ties go to the lowest draft id. On CUDA logits are fp32 sums; the CPU path rounds
-    them to x's dtype, as its matrix product does.
+    x [n, h]; weight [V, h] of x's dtype; d2t int64 [V] offsets (None: both vocabularies are the same);
+    1 <= k <= min(V, 64). Ties go to the lowest draft id. On CUDA the logits are fp32 sums; on a CPU the matrix product
+    rounds them to x's dtype.
     Raises ValueError on arguments that do not fit together.
     """
     if d2t is not None and (tuple(d2t.shape) != (weight.shape[0],) or d2t.dtype != torch.int64):
@@ -174,8 +174,8 @@ def local_topk(
 ) -> HeadTopK:
     """Top-k over one rank's rows of the head, weight [V_rank, h], which start at draft id vocab_start.
 
-    As `head_topk` without d2t: ids are draft ids of the whole vocabulary. A rank with V_rank < k rows returns
-    V_rank columns; pad them with logits of -inf to gather across ranks.
+    Like `head_topk` without d2t; ids are draft ids of the whole vocabulary. A rank with V_rank < k rows returns
+    V_rank columns, which the caller pads with logits of -inf before it gathers them from all ranks.
     """
     return _head(x, weight, min(k, weight.shape[0]), vocab_start, logit_scale, None, backend)
 
@@ -183,9 +183,9 @@ def local_topk(
 def merge_topk(
     parts: Sequence[HeadTopK], k: int, *, d2t: Tensor | None = None, backend: Backend | None = None
 ) -> HeadTopK:
-    """The whole vocabulary's top-k from every rank's `local_topk`; equals `head_topk` of the unsplit head.
+    """Top-k of the whole vocabulary from the `local_topk` of all ranks. Equals `head_topk` of the unsplit head.
 
-    Raises ValueError when the parts hold fewer than k candidates.
+    Raises ValueError if the parts hold fewer than k candidates.
     """
     draft_ids = torch.cat([p.draft_ids for p in parts], dim=1)
     if draft_ids.shape[1] < k:
@@ -249,7 +249,7 @@ def _head_torch(
     logit_scale: float,
     d2t: Tensor | None,
 ) -> HeadTopK:
-    """Plain-torch twin of the head, and its CPU path: logits of the draft vocabulary, nothing wider."""
+    """Plain-torch twin of the head, and its CPU path. Computes logits of the draft's vocabulary only."""
     logits = F.linear(x, weight).float()
     if logit_scale != 1.0:
         logits *= logit_scale

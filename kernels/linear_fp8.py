@@ -1,8 +1,9 @@
-"""Weight-only FP8 for the draft layer and its head: half the bytes to stream, made online from bf16.
+"""FP8 weights for the draft's layer and head, made from bf16 at load time: a step reads half as many bytes.
 
     w8[j] = round_e4m3(W[j] / scale[j]),  scale[j] = max|W[j]| / 448;   y = scale * (x @ w8^T)
 
-Verification keeps outputs exact whatever the draft's weights are: only acceptance can move.
+The draft's weights never change the output, because the target verifies every token. They only change how many drafts
+are accepted.
 """
 
 from __future__ import annotations
@@ -18,10 +19,9 @@ FP8_MAX = torch.finfo(torch.float8_e4m3fn).max  # 448
 
 
 def quant_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(w8 float8_e4m3fn [out, in], scale fp32 [out]): one scale an output row; a zero row gets scale 1.
+    """(w8 float8_e4m3fn [out, in], scale fp32 [out]): one scale per output row. A row of zeros gets scale 1.
 
-    Raises ValueError for a weight that is not 2-D or not finite (a NaN or inf would spoil its whole row
-    unseen).
+    Raises ValueError for a weight that is not 2-D or not finite, because one NaN or infinity would ruin its whole row.
     """
     if weight.dim() != 2:
         raise ValueError(f"weight must be [out, in], found {tuple(weight.shape)}")
@@ -50,5 +50,5 @@ def linear_fp8(x: Tensor, w8: Tensor, scale: Tensor, *, backend: Backend | None 
 
 
 def linear_fp8_torch(x: Tensor, w8: Tensor, scale: Tensor) -> Tensor:
-    """Plain-torch twin of `linear_fp8` (materialises the widened weight: a reference, not a fast path)."""
+    """Plain-torch twin of `linear_fp8`. It stores the weight in a wider dtype, so it is a reference and not fast."""
     return (F.linear(x, w8.to(x.dtype)) * scale).to(x.dtype)

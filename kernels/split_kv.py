@@ -12,8 +12,8 @@ from torch import Tensor
 from ._triton import next_power_of_2, num_sms, tl, triton
 
 MOST_SPLITS = 16
-MOST_PARTIAL_BYTES = 64 << 20  # of one call's partial sums of values
-LEAST_KEYS = 256  # in a share: fewer would cost more to merge than to read
+MOST_PARTIAL_BYTES = 64 << 20  # of the partial sums of values in one call
+LEAST_KEYS = 256  # of a share; smaller shares would cost more to merge than to read
 
 
 @triton.jit
@@ -28,7 +28,7 @@ def _merge_splits_kernel(
     BLOCK_S: tl.constexpr,
     HAS_STARTS: tl.constexpr,
 ):  # fmt: skip
-    """One row and head: bring the partial sums to one maximum. Rows of no request, which pad a batch, become 0."""
+    """Merge the shares of one row and head. Rows of no request, which pad a batch, become 0."""
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     s = tl.arange(0, BLOCK_S)
@@ -50,9 +50,10 @@ def _merge_splits_kernel(
 
 
 def choose_splits(device: torch.device, programs: int, bytes_a_split: int) -> int:
-    """Shares that keys are split into: enough for two waves of `programs` a share, within the bound on memory.
+    """Number of shares of the keys: enough programs to fill the device twice, within the bound on memory.
 
-    A power of two, since each value is a compilation of its own. bytes_a_split: of partial sums.
+    programs: programs per share; bytes_a_split: bytes of partial sums per share. The number is a power of two, because
+    the kernel is compiled for each value.
     """
     splits = max(1, min(MOST_SPLITS, 2 * num_sms(device) // max(1, programs)))
     splits = max(1, min(splits, MOST_PARTIAL_BYTES // max(1, bytes_a_split)))
@@ -60,14 +61,14 @@ def choose_splits(device: torch.device, programs: int, bytes_a_split: int) -> in
 
 
 def tile_of(query: Tensor) -> int:
-    """Keys that a program looks at in one go; more would not fit into shared memory."""
+    """Number of keys that a program reads at a time. More would not fit into shared memory."""
     return 32 if next_power_of_2(query.shape[-1]) * query.element_size() > 256 else 64
 
 
 def partials(rows: int, heads: int, head_dim: int, splits: int, device: torch.device) -> tuple[Tensor, ...]:
     """Scratch for the partial sums [rows, heads, splits, head_dim], maxima and weights [rows, heads, splits].
 
-    Without splits nothing is written to it, and it has one element.
+    Without splits it is not used and has one element.
     """
     shape = (rows, heads, splits) if splits > 1 else (1,)
     return (
@@ -78,7 +79,7 @@ def partials(rows: int, heads: int, head_dim: int, splits: int, device: torch.de
 
 
 def merge_splits(out: Tensor, parts: tuple[Tensor, ...], starts: Tensor | None = None) -> None:
-    """Merge what `partials` holds into out [rows, heads, head_dim].
+    """Merge the partial softmaxes in `parts` (from `partials`) into out [rows, heads, head_dim].
 
     starts: int [requests + 1]; rows from starts[-1] on belong to no request and become 0.
     """

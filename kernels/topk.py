@@ -1,16 +1,17 @@
-"""The likeliest tokens of draft logits, in plain torch: for heads whose logits exist in memory (see `head_topk`)."""
+"""The likeliest tokens of draft logits in plain torch, if the logits are in memory (otherwise see `head_topk`)."""
 
 import torch
 
-UNLIKELY = -1e4  # log-probability of a token that the draft gives no finite value for
-MOST_LOGITS = 1 << 25  # looked at in one go; top_k takes some 50 bytes for each
+UNLIKELY = -1e4  # log-probability of a token for which the draft gives no finite value
+MOST_LOGITS = 1 << 25  # processed at a time; top_k needs about 50 bytes for each
 
 
 def top_k(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k largest of the last dimension, equal values in ascending order of index (`torch.topk` leaves that open).
+    """The k largest of the last dimension. Of equal values the lower index comes first, unlike in `torch.topk`.
 
     values: `[..., n]` without NaN, any float dtype. Returns values (float32) and int64 indices, both `[..., k]`.
-    The bits of a float order like a sign-magnitude integer. With the index below them each key is unique.
+    The bits of floats have the order of sign-magnitude integers. With the index in the lower bits, no two keys are
+    equal.
     """
     floats = values.float() + 0.0  # -0.0 becomes 0.0
     bits = floats.contiguous().view(torch.int32).long()
@@ -25,7 +26,7 @@ def top_k(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
 def top_children(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The k likeliest tokens of each row of draft logits `[..., draft_vocab]`: log-probabilities and ids `[..., k]`.
 
-    Values that are not finite count as UNLIKELY, so that a broken draft makes bad trees and nothing worse.
+    Values that are not finite become UNLIKELY, so that a broken draft gives bad trees but no error.
     """
     rows = max(MOST_LOGITS // logits.shape[-1], 1)
     if logits.dim() == 2 and len(logits) > rows:

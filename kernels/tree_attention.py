@@ -1,11 +1,11 @@
-"""Attention of mixed batches in which requests may verify a tree: the paged prefix, then a mask of ancestors.
+"""Attention of mixed batches in which requests may verify a tree: to the paged prefix, then to ancestors by a mask.
 
     out[t] = softmax(scale * q[t] . K) V over the keys k with k < root[t] or bit (k - root[t]) of bits[t]
 
-The request's own rows lie in the cache like any others: node j of a tree is at position root + j. A row outside
-any tree is the root of its own (root = its position, bits = 1). All keys before a block's first root are visible to
-every row of the block, so the loop over them has no mask; at most a few tiles after it have one. The Triton kernel is
-in `tree_attention_triton`, its plain-torch twin in `tree_attention_torch`.
+The keys of this step's rows are in the cache too: node j of a tree is at position root + j. A row that belongs to no
+tree is the root of its own tree (root = its position, bits = 1). All rows of a block see the keys before the block's
+first root, so the loop over these keys needs no mask. Only the few tiles after them use one. The Triton kernel is in
+`tree_attention_triton`, its plain-torch twin in `tree_attention_torch`.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ def tree_attention(
     """Attention output [tokens, heads, head_dim] in query's dtype; softmax in fp32.
 
     query [tokens, heads, head_dim], adjacent heads; kv_cache [blocks, kv_heads, block_size, 2 * head_dim]
-    (keys, then values; any strides but an adjacent last dimension) in query's dtype, this step's rows included;
+    (keys, then values; contiguous last dimension, any other strides) in query's dtype, this step's rows included;
     block_table int [requests, blocks]; query_start_loc int [requests + 1]; seq_lens int [requests], this step's
     rows included; root, bits, positions int64 [tokens]: position of the tree's root, ancestors, root + depth.
-    max_query_len bounds a request's rows on the host. window: sliding window in tokens, 0 for none, longer than a
-    tree is deep; softcap: 0 for none; sinks [heads]; out: where to write, adjacent heads.
+    max_query_len: the most rows of any request, known on the host. window: sliding window in tokens, 0 for none,
+    longer than a tree is deep; softcap: 0 for none; sinks [heads]; out: where to write, adjacent heads.
 
     Raises ValueError on shapes or dtypes that do not fit.
     """
@@ -79,10 +79,10 @@ def node_attention(
     softcap: float = 0.0,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `tree_attention`, over the keys from the root on only: each node sees the root, its ancestors and itself.
+    """As `tree_attention`, without the prefix: each node sees only the root, its ancestors and itself.
 
-    For rows of trees whose prefix another kernel attends to. Returns the output [tokens, heads, head_dim] and the
-    logarithm of the sum of the exponentials of the scores, fp32 [heads, tokens], with which both are merged.
+    Another kernel computes the attention to the prefix. To merge both, this returns the output [tokens, heads,
+    head_dim] and the log-sum-exp of the scores, fp32 [heads, tokens].
     """
     check(query, kv_cache, root, bits, positions)
     tokens, heads, _ = query.shape
@@ -101,7 +101,7 @@ def node_attention(
 
 
 def check(query: Tensor, kv_cache: Tensor, root: Tensor, bits: Tensor, positions: Tensor) -> None:
-    """Raises ValueError on shapes or dtypes that do not fit, see `tree_attention`."""
+    """Raise ValueError on shapes or dtypes that do not fit, see `tree_attention`."""
     tokens, heads, head_dim = query.shape
     kv_heads, _, width = kv_cache.shape[1:]
     if width != 2 * head_dim or heads % kv_heads:

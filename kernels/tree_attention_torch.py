@@ -7,11 +7,11 @@ from torch import Tensor
 
 from ._triton import cdiv
 
-NODES = 63  # node bits that a key can have: bit 63 is an int64's sign
+NODES = 63  # usable node bits of an int64, whose bit 63 is the sign
 
 
 def visible_keys(root: Tensor, bits: Tensor, positions: Tensor, length: int, window: int = 0) -> Tensor:
-    """The mask [rows, length] (bool) that root, bits and positions [rows] stand for."""
+    """The mask [rows, length] (bool) that root, bits and positions [rows] describe."""
     key = torch.arange(length, device=root.device)
     node = key - root[:, None]
     in_prefix = node < 0

@@ -1,7 +1,7 @@
-"""Steps of tree drafting that stay on the device: depths and ancestor masks, and the verification walk.
+"""Steps of tree drafting without waiting for the device: depths and ancestor masks, and the walk of verification.
 
-A tree is one parent index a node, in topological order (parent before child); node 0 is the root, the last
-sampled token. Whatever stands at index 0 of `parents` is ignored; an unused node has parent -1.
+A tree is given by the parent's index of each node, and parents come before children. Node 0 is the root, the last
+sampled token. The value at index 0 of `parents` is ignored. An unused node has parent -1.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from torch import Tensor
 
 from ._triton import Backend, choose_backend, next_power_of_2, tl, triton
 
-MAX_NODES = 64  # with the root: one bit a node in an int64
+MAX_NODES = 64  # with the root, since a mask is an int64 with one bit per node
 
 
 @triton.jit
 def _ancestor_bits_kernel(parents_ptr, depth_ptr, bits_ptr, nodes, ROUNDS: tl.constexpr,
                           BLOCK: tl.constexpr):  # fmt: skip
-    """One tree by pointer doubling: after r rounds a node knows its 2^r nearest ancestors."""
+    """One tree, by pointer doubling: after r rounds each node knows its 2^r nearest ancestors."""
     row = tl.program_id(0).to(tl.int64)
     ids = tl.arange(0, BLOCK)
     parent = tl.load(parents_ptr + row * nodes + ids, mask=ids < nodes, other=-1).to(tl.int32)
@@ -37,7 +37,7 @@ def _ancestor_bits_kernel(parents_ptr, depth_ptr, bits_ptr, nodes, ROUNDS: tl.co
 @triton.jit
 def _tree_walk_kernel(parents_ptr, tokens_ptr, sampled_ptr, path_ptr, accepted_ptr, nodes,
                       BLOCK: tl.constexpr):  # fmt: skip
-    """One tree: from the root to the first child that holds the token sampled here, until there is none."""
+    """One tree: go from the root to the first child that holds the token sampled at its parent, until there is none."""
     row = tl.program_id(0).to(tl.int64)
     ids = tl.arange(0, BLOCK)
     inside = ids < nodes
@@ -60,9 +60,9 @@ def _tree_walk_kernel(parents_ptr, tokens_ptr, sampled_ptr, path_ptr, accepted_p
 def ancestor_bits(parents: Tensor, *, backend: Backend | None = None) -> tuple[Tensor, Tensor]:
     """Depth int32 [b, nodes] and ancestor mask int64 [b, nodes] of every node of b trees.
 
-    parents [b, nodes] int32 or int64, nodes <= 64 with the root. Bit j of a node's mask is set when node j is
-    the node itself or one of its ancestors, the root included. Unused nodes: depth 0, only the root's bit. A
-    parent must come before its child (unchecked on CUDA; nothing is read out of bounds if not).
+    parents [b, nodes] int32 or int64, nodes <= 64 with the root. Bit j of a node's mask is set if node j is the node
+    itself or one of its ancestors, which include the root. Unused nodes have depth 0 and only the root's bit. A parent
+    must come before its child; on CUDA this is not checked, but a wrong order does not read out of bounds.
 
     Raises ValueError on shapes or dtypes that do not fit.
     """
@@ -103,9 +103,10 @@ def tree_walk(
 
     parents, tokens, sampled [b, nodes] int32 or int64, contiguous rows: tokens[:, i] is the draft token of
     node i (ignored for the root), sampled[:, i] the target's draw at node i. The walk starts at the root and
-    goes to the child that holds the token drawn at its node (the lowest such child), until no child does.
-    path[:, 0] = 0, path[:, 1..num_accepted] are the accepted nodes, path[:, j] = j beyond (commits as
-    "stay"). The new tokens are sampled[path[:, 0..num_accepted]]: the accepted drafts and one more.
+    goes to the child that holds the token drawn at its parent (the first such child), until there is none.
+    path[:, 0] = 0, path[:, 1..num_accepted] are the accepted nodes, and path[:, j] = j after them, so that
+    `commit_kv` does not move those. The new tokens are sampled[path[:, 0..num_accepted]]: the accepted drafts and one
+    more.
 
     Raises ValueError on shapes or dtypes that do not fit.
     """
@@ -124,7 +125,7 @@ def tree_walk(
 
 
 def tree_walk_torch(parents: Tensor, tokens: Tensor, sampled: Tensor) -> tuple[Tensor, Tensor]:
-    """Plain-torch twin of `tree_walk`, and its CPU path: all trees one level at a time."""
+    """Plain-torch twin of `tree_walk`, and its CPU path. Takes one level of all trees at a time."""
     b, nodes = parents.shape
     ids = torch.arange(nodes, device=parents.device)
     path = ids.int().repeat(b, 1)
@@ -137,7 +138,7 @@ def tree_walk_torch(parents: Tensor, tokens: Tensor, sampled: Tensor) -> tuple[T
             break
         node = torch.where(
             hit, match.int().argmax(dim=1, keepdim=True), nodes - 1
-        )  # a finished tree stays so
+        )  # a tree whose walk has ended stays ended
         path[:, level : level + 1] = torch.where(hit, node.int(), path[:, level : level + 1])
         accepted += hit[:, 0]
     return path, accepted

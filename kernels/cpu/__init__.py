@@ -1,6 +1,6 @@
-"""Native CPU kernels, compiled on first use, each with a plain-torch twin. No vLLM import in here.
+"""C++ kernels for CPUs, compiled on first use, each with a plain-torch twin. No vLLM import in here.
 
-backend="native" or "torch" picks; None takes the compiled kernel where there is one. Tensors are on the CPU.
+The argument backend is "native", "torch", or None for the compiled kernel if there is one. Tensors are on the CPU.
 """
 
 from .build import native

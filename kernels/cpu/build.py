@@ -1,7 +1,7 @@
 """Compiles the C++ kernels of this folder on first use and keeps the library in a cache folder.
 
-The library has a plain C interface (pointers and numbers in a struct) and includes nothing of torch: it builds in
-seconds and does not depend on torch's version. It shares torch's OpenMP threads.
+The library has a plain C interface (pointers and numbers in a struct) and includes no header of torch. So it compiles
+in seconds and does not depend on torch's version. It shares torch's OpenMP threads.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ TIMEOUT = 300  # seconds
 
 @cache
 def native() -> ctypes.CDLL | None:
-    """The compiled kernels; None, after one warning with the reason, where they cannot be compiled.
+    """The compiled kernels. If they cannot be compiled: None, after one warning with the reason.
 
-    The first process to ask compiles, the others wait for it. EAGLE3_NATIVE=0 switches the kernels off.
+    The first process that calls this compiles them; other processes wait. EAGLE3_NATIVE=0 switches the kernels off.
     """
     if os.environ.get("EAGLE3_NATIVE", "1") == "0":
         logger.warning("EAGLE3_NATIVE=0: draft trees use torch operations instead of native CPU kernels")
@@ -70,10 +70,10 @@ def _library() -> Path:
 
 
 def _compile(command: list[str], omp: str | None, library: Path) -> None:
-    """Write `library`, whole or not at all."""
+    """Compile the kernels and write `library` in one atomic step."""
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         made = Path(folder) / library.name
-        # Linking against the OpenMP library that torch has loaded keeps one pool of threads in the process.
+        # Link with the OpenMP library that torch has loaded, so that the process has one pool of threads.
         with_openmp = [*command, *([omp] if omp else []), "-o", str(made)]
         without = [*(part for part in command if part != "-fopenmp"), "-o", str(made)]
         done = subprocess.run(with_openmp, capture_output=True, text=True, timeout=TIMEOUT)
@@ -84,7 +84,7 @@ def _compile(command: list[str], omp: str | None, library: Path) -> None:
 
 
 def _loaded_openmp() -> str | None:
-    """Path of the OpenMP library in this process, if the system tells."""
+    """Path of the OpenMP library in this process, if the system can tell."""
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
@@ -94,7 +94,7 @@ def _loaded_openmp() -> str | None:
 
 
 def _cpu() -> str:
-    """What the library was compiled for: a cache folder may be shared by different machines."""
+    """The CPU that the library is compiled for. It is part of the file's name, as machines may share a cache folder."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""How Python calls the C++ kernels: one struct of pointers and numbers a call."""
+"""How Python calls the C++ kernels: with one struct of pointers and numbers per call."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ def pointer(t: Tensor | None) -> int | None:
 
 
 def int32(t: Tensor) -> Tensor:
-    """t as int32 with an adjacent last dimension; vLLM's tables are so already."""
+    """t as int32 with a contiguous last dimension. Makes no copy of vLLM's own tables."""
     t = t if t.dtype == torch.int32 else t.int()
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def choose_backend(backend: Backend | None) -> Backend:
-    """Backend of a call: as asked, else the compiled kernels where there are any.
+    """Backend of a call: the given one, or else the compiled kernels if they exist.
 
-    Raises ValueError for an unknown name, or when "native" is asked for and cannot be compiled.
+    Raises ValueError for an unknown name, or if "native" is given and the kernels cannot be compiled.
     """
     if backend not in ("native", "torch", None):
         raise ValueError(f'backend must be "native", "torch" or None, found {backend!r}')

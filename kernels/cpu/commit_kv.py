@@ -1,4 +1,4 @@
-"""`kernels.commit_kv` for CPU caches: move the accepted path's KV to linear slots, all layers in one call."""
+"""`kernels.commit_kv` for CPU caches: moves the accepted path's KV to linear slots, for all layers in one call."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _Arguments = struct(
 
 @dataclass(frozen=True, eq=False)
 class KVTable:
-    """Caches of one cache group and their addresses. Build once with `kv_table`; again when caches are reallocated."""
+    """The caches of one cache group and their addresses. Make a new one when the caches are reallocated."""
 
     caches: tuple[Tensor, ...]
     layout: KVLayout
@@ -32,8 +32,8 @@ class KVTable:
 def kv_table(kv_caches: Sequence[Tensor], layout: KVLayout) -> KVTable:
     """Table of a cache group's layers.
 
-    kv_caches: one tensor [num_blocks, kv_heads, block_size, 2 * head_dim] a layer, as `layout` orders it; equal shapes,
-    strides and dtypes. Raises ValueError where they differ or do not fit the layout.
+    kv_caches: one tensor [num_blocks, kv_heads, block_size, 2 * head_dim] per layer, in the order of `layout`. Raises
+    ValueError if their shapes, strides or dtypes differ or do not fit the layout.
     """
     if not kv_caches:
         raise ValueError("kv_caches is empty: expected one cache a layer")
@@ -56,8 +56,8 @@ def commit_kv(
     """For every request r, move i and layer: cache[dst_slots[r, i]] = cache[src_slots[r, i]], in place.
 
     src_slots, dst_slots int32 or int64 [b, moves]: slots (block * block_size + offset) of the accepted path and of its
-    linear places. A move with equal slots, a negative slot or one beyond the cache does nothing. Within a request all
-    reads come before all writes; no slot may be touched by two requests.
+    linear places. A move with equal slots, a negative slot or a slot beyond the cache does nothing. Within a request
+    all reads come before all writes. Two requests must not use the same slot.
 
     Raises ValueError on shapes or dtypes that do not fit.
     """
@@ -84,7 +84,7 @@ def commit_kv(
 
 
 def commit_kv_torch(table: KVTable, src_slots: Tensor, dst_slots: Tensor) -> None:
-    """Plain-torch twin of `commit_kv`: indexing on the right copies, so every source is read before a write."""
+    """Plain-torch twin of `commit_kv`. Indexing makes a copy, so all rows are read before the first write."""
     layout = table.layout
     src, dst = src_slots.long().flatten(), dst_slots.long().flatten()
     most = len(table.caches[0]) * layout.block_size

@@ -1,7 +1,7 @@
-"""The growth of draft trees between two passes of the draft, one C++ call a level.
+"""The growth of draft trees between two passes of the draft, in one C++ call per level.
 
-`top_children` is `kernels.top_children`; `Growth` does what `tree.growth.Growth` does, bit for bit. There is no torch
-twin of `Growth` in here: that one is it.
+`top_children` has the same results as `kernels.top_children`. `Growth` has the same results, bit for bit, as
+`tree.growth.Growth`, which is its torch twin.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def top_children(
 ) -> tuple[Tensor, Tensor]:
     """The k likeliest tokens of each row of draft logits [n, vocab]: log-probabilities (fp32) and ids, both [n, k].
 
-    Logits are fp32, bf16 or fp16 with an adjacent last dimension, vocab >= k; equal ones come in ascending order of id.
-    to_target: int64 [vocab], ids to return instead of the draft's own. Values that are not finite count as UNLIKELY.
+    Logits are fp32, bf16 or fp16 with a contiguous last dimension, vocab >= k. Of equal logits the lower id is first.
+    to_target: int64 [vocab], ids to return instead of the draft's own. Values that are not finite become UNLIKELY.
 
     Raises ValueError on shapes or dtypes that do not fit.
     """
@@ -65,7 +65,7 @@ def top_children(
 
 
 class Level(NamedTuple):
-    """What the draft takes to score the children of the frontier."""
+    """The draft's inputs to score the children of the frontier."""
 
     tokens: Tensor  # [batch * topk], ids of the target vocabulary
     positions: Tensor  # int64 [batch * topk]
@@ -81,8 +81,9 @@ class Growth:
     ) -> None:
         """Begin the trees of a batch.
 
-        depth: most levels. chain: bool [batch], requests that keep only the greedy path. last: int64 [batch],
-        position of the row that each tree grows from. token_dtype: int32 or int64, of the tokens that levels hand out.
+        depth: the greatest number of levels. chain: bool [batch], requests that keep only the greedy path. last: int64
+        [batch], position of the row that each tree grows from. token_dtype: dtype of the next level's tokens, int32 or
+        int64.
         """
         batch = len(chain)
         if chain.dtype != torch.bool or last.dtype != torch.int64 or last.shape != chain.shape:
@@ -102,10 +103,10 @@ class Growth:
         self.count = 0
 
     def extend(self, log_probs: Tensor, ids: Tensor, states: Tensor) -> Level:
-        """Add the children of the frontier; the new frontier is what the draft takes next.
+        """Add the children of the frontier. The draft scores the new frontier next.
 
         log_probs (fp32), ids (int64): [batch * width, topk] in order of falling probability; width is 1 for the roots,
-        else topk. states: [batch * width, hidden], what the draft hands on to the children.
+        else topk. states: [batch * width, hidden], the draft's output, which the children read in place of g.
         """
         batch, width, level = self.paths.shape
         shape = (batch * width, self.topk)
@@ -140,7 +141,7 @@ class Growth:
         return after
 
     def rerank(self, tokens: Tensor, parents: Tensor) -> Tensor:
-        """Write the best nodes to tokens and parents, int64 [batch, nodes] with adjacent columns. Returns scores."""
+        """Write the best nodes to tokens and parents, int64 [batch, nodes] with adjacent columns. Return the scores."""
         batch, nodes = tokens.shape
         for name, t in (("tokens", tokens), ("parents", parents)):
             if t.dtype != torch.int64 or t.shape != (len(self.chain), nodes) or t.stride(1) != 1:

@@ -1,7 +1,7 @@
-"""How keys and values lie inside a block of a CPU's paged cache.
+"""The order of keys and values inside a block of a CPU's paged cache.
 
-The cache is [blocks, kv_heads, block_size, 2 * head_dim]; its last two dimensions are one run of elements that each
-instruction set of vLLM's CPU attention orders in its own way (`isa` in v1/attention/backends/cpu_attn.py).
+The cache is [blocks, kv_heads, block_size, 2 * head_dim]. The elements of its last two dimensions have another order
+for each instruction set of vLLM's CPU attention (`isa` in v1/attention/backends/cpu_attn.py).
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-LANES = 16  # tokens, or columns, that lie together in PAIRS; block_size and head_dim must be multiples
+LANES = 16  # tokens or columns that are adjacent in PAIRS; block_size and head_dim must be multiples
 
 COLUMNS, PAIRS, TABLE = range(3)  # as in attention.h
 
 
 @dataclass(frozen=True, eq=False)
 class KVLayout:
-    """Offset of every element within a block of one head. Construct by one of the functions below.
+    """Offset of each element within a block of one head. Use one of the functions below to make it.
 
     keys, values: int32 [block_size, head_dim].
     """
@@ -46,7 +46,7 @@ class KVLayout:
 
     @cached_property
     def kind(self) -> int:
-        """COLUMNS and PAIRS are read as they lie, anything else (TABLE) element by element, slowly."""
+        """COLUMNS and PAIRS have fast code in the kernels. For any other order (TABLE) they look up each element."""
         for kind, known in ((COLUMNS, columns), (PAIRS, pairs)):
             other = known(self.block_size, self.head_dim)
             if torch.equal(self.keys, other.keys) and torch.equal(self.values, other.values):
@@ -92,22 +92,23 @@ def rows(block_size: int, head_dim: int) -> KVLayout:
 
 def observed(write: Callable[[Tensor, Tensor, Tensor], None], block_size: int, head_dim: int, dtype: torch.dtype,
              ) -> KVLayout:  # fmt: skip
-    """The layout that `write` is seen to use.
+    """The layout that `write` uses, found by writing known numbers.
 
     write(key [block_size, 1, head_dim], value alike, kv_cache [1, 1, block_size, 2 * head_dim]) stores tokens to the
-    slots 0 to block_size - 1 of the cache. Raises ValueError where it stores anything but each element once.
+    slots 0 to block_size - 1 of the cache. Raises ValueError unless it stores each element exactly once.
     """
     count = 2 * block_size * head_dim
     numbers = torch.arange(1, count + 1)
     found = torch.zeros(count, dtype=torch.int64)
-    for bit in range(count.bit_length()):  # a number's bits one at a time: every dtype holds 0 and 1 exactly
+    # One bit of the numbers at a time, because every dtype represents 0 and 1 exactly.
+    for bit in range(count.bit_length()):
         key, value = (numbers >> bit & 1).to(dtype).view(2, block_size, 1, head_dim)
         kv_cache = torch.zeros(1, 1, block_size, 2 * head_dim, dtype=dtype)
         write(key, value, kv_cache)
         found += (kv_cache.flatten() != 0).long() << bit
     if not torch.equal(found.sort().values, numbers):
         raise ValueError(
-            "the cache holds something else than keys and values, each once: its layout is unknown"
+            "the layout of the cache is unknown: expected each element of keys and values in it exactly once"
         )
     keys, values = found.argsort().view(2, block_size, head_dim).int()
     return KVLayout(keys.contiguous(), values.contiguous())
