@@ -11,7 +11,7 @@ from vllm_eagle3.evaluation import demo_models
 from vllm_eagle3.evaluation.sweep import cli as sweep_cli
 from vllm_eagle3.training import cli as training
 
-# What a wrong input ends in, in this project and in the libraries it calls. Other exceptions are defects.
+# The exceptions that wrong input raises, here and in the libraries that this project calls. Others are defects.
 MISTAKES = (ValueError, OSError, RuntimeError, FloatingPointError, ImportError)
 EXIT_MISTAKE = 2
 
@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
     commands = root.add_subparsers(required=True, metavar="COMMAND", dest="command")
     for room in (checkpoint, training, evaluation, sweep_cli, doctor, demo_models):
         room.add_parser(commands)
-    for command in commands.choices.values():  # `vllm-eagle3 eval --debug` as well
+    for command in commands.choices.values():  # so that `vllm-eagle3 eval --debug` works as well
         command.add_argument(
             "--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS
         )
@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand; returns its exit code, or 2 after one line on stderr about a mistake of the user."""
+    """Run one subcommand and return its exit code. A user's mistake prints one line to stderr and returns 2."""
     args = parser().parse_args(argv)
     try:
         return int(args.func(args) or 0)

@@ -1,6 +1,6 @@
 """Options of the plugin: `--additional-config '{"eagle3": {...}}'` -> `Eagle3Options`.
 
-Each option is described once, in the metadata of its field; `options_table` makes the README's table of it.
+Each option is described once, in the metadata of its field. `options_table` prints these as the README's table.
 """
 
 from __future__ import annotations
@@ -153,10 +153,11 @@ class Eagle3Options:
 
     @classmethod
     def from_additional_config(cls, additional_config: Any) -> Eagle3Options:
-        """Options under the key "eagle3" of vLLM's `additional_config`; other keys belong to others.
+        """Read the options under the key "eagle3" of vLLM's `additional_config`. Other keys are ignored.
 
         Raises:
-            ValueError: an unknown key or a bad value; names the key, what was found and what is valid.
+            ValueError: a key is unknown or a value is bad. The message names the key, what was found and what is
+                valid.
         """
         options = (additional_config or {}).get(KEY)
         return _from_mapping(cls, {} if options is None else options, "")

@@ -1,4 +1,4 @@
-"""`vllm-eagle3 doctor`: versions, device, runner, and whether the names this project replaces fit this vLLM."""
+"""`vllm-eagle3 doctor`: versions, device, runner, and whether the names that this project replaces fit this vLLM."""
 
 import argparse
 import importlib

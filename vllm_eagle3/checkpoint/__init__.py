@@ -1,4 +1,4 @@
-"""EAGLE-3 checkpoints: four dialects in, one canonical form out. Needs neither vLLM nor a GPU."""
+"""Reads EAGLE-3 checkpoints of four dialects into one canonical form. Needs neither vLLM nor a GPU."""
 
 from vllm_eagle3.checkpoint.aux_layers import default_aux_layers
 from vllm_eagle3.checkpoint.cli import add_parser, inspect

@@ -1,7 +1,7 @@
-"""Which target layers a draft reads, in one convention: id k is the state after k layers (0: the embedding).
+"""Which layers of the target a draft reads, in one convention: id k is the state after k layers (0: the embedding).
 
 This is vLLM's convention (`EagleModelMixin._maybe_add_hidden_state`) and that of HF's `hidden_states[k]`.
-Formats that name layers by their output (SpecForge, ModelOpt) are one lower.
+SpecForge and ModelOpt number a layer's output by the layer itself, so their ids are lower by one.
 """
 
 from collections.abc import Mapping
@@ -29,9 +29,10 @@ def resolve_aux_layers(
     stated_number: int | None = None,
     source: str,
 ) -> tuple[AuxLayers | None, str]:
-    """After-k ids and a note that says where they come from. None: neither the config nor the target says.
+    """After-k ids, and a note that says where they come from.
 
-    Usually there are three; a draft may read any number. `stated_number` is the one that the config states.
+    The ids are None where neither the config nor the target determines them. Most drafts read three states, but any
+    number is allowed. `stated_number` is the number that the config states.
 
     Raises:
         CheckpointError: ids that are not strictly increasing within 0..n, contradictory ones, or too few or too many.
@@ -100,9 +101,9 @@ def _states(values: Mapping[str, Any], key: str) -> bool:
 
 
 def _from_layer_outputs(ids: Any, n: int | None, key: str, source: str) -> tuple[AuxLayers, str]:
-    """Ids that name layers by their output -> after-k ids (+1).
+    """After-k ids from ids that number layers by their output: each grows by one.
 
-    The last layer's output is id n-1, so a list that contains n itself can only be after-k already
+    In that convention the last layer of n has id n-1. So a list that contains n holds after-k ids already
     (gpt-oss-120b-Eagle3-v3; sgl-project/sglang#32334).
     """
     as_ints = _in_layer_order(ids, key, source)
@@ -123,8 +124,8 @@ def _from_layer_outputs(ids: Any, n: int | None, key: str, source: str) -> tuple
 def _in_layer_order(ids: Any, key: str, source: str) -> list[int]:
     """Nested ids, sorted.
 
-    ModelOpt writes them in the order of a Python set, and both its hooks and vLLM collect the states in the order of
-    the layers.
+    ModelOpt writes them in the order of a Python set. Its hooks and vLLM collect the states in the order of the
+    layers.
     """
     return sorted(_ints(ids, key, source))
 

@@ -1,4 +1,4 @@
-"""`vllm-eagle3 inspect DIR [--target DIR]`: what vLLM will get from a checkpoint."""
+"""`vllm-eagle3 inspect DIR [--target DIR]`: print what vLLM will load from a checkpoint."""
 
 import argparse
 import dataclasses
@@ -51,7 +51,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
 def inspect(
     path: str | Path, target: str | Path | Mapping[str, Any] | None = None, aux_layers: Any = None
 ) -> str:
-    """The canonical form of the draft at `path` for people; arguments and errors as `read_checkpoint`."""
+    """The canonical form of the draft at `path`. Arguments and errors are those of `read_checkpoint`."""
     return _render(describe(read_checkpoint(path, target, aux_layers)))
 
 

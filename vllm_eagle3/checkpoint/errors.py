@@ -1,5 +1,5 @@
-"""The one exception of this room."""
+"""The only exception that this package raises on purpose."""
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is wrong or ambiguous: says in which file, what was expected and what was found."""
+    """A checkpoint is wrong or ambiguous. The message names the file, what was expected and what was found."""

@@ -1,4 +1,6 @@
-"""A checkpoint on disk: config.json, safetensors or .bin, one file or many; read one tensor at a time."""
+"""A checkpoint on disk: config.json, and weights as safetensors or .bin in one or more files.
+
+Tensors are read one at a time."""
 
 import json
 import stat
@@ -17,7 +19,7 @@ from vllm_eagle3.checkpoint.config import DraftConfig, resolve_config
 from vllm_eagle3.checkpoint.errors import CheckpointError
 from vllm_eagle3.checkpoint.tensors import canonical_tensors, refuse_another_model
 
-# (index file, single file, pattern), the first kind that is present is read: safetensors win over .bin.
+# (index file, single file, pattern). The first kind that is present is read, so safetensors win over .bin.
 KINDS = (
     ("model.safetensors.index.json", "model.safetensors", "*.safetensors"),
     ("pytorch_model.bin.index.json", "pytorch_model.bin", "pytorch_model*.bin"),
@@ -37,7 +39,7 @@ class Checkpoint:
     """Path of the file of each tensor, by its original name."""
 
     def tensors(self, notes: list[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Canonical (name, tensor) pairs, see `canonical_tensors`; what is found out goes to `notes`."""
+        """Canonical (name, tensor) pairs, see `canonical_tensors`. Adds what it finds out to `notes`."""
         weights = ((name, tensor) for file in self.files for name, tensor in _read(file))
         yield from canonical_tensors(
             self.config, weights, source=str(self.path), file_of=self.file_of, notes=notes
@@ -55,7 +57,7 @@ def read_checkpoint(
         aux_layers: after-k ids that override the checkpoint's.
 
     Raises:
-        CheckpointError: a file is missing, unreadable or contradicts another; what `resolve_config` refuses.
+        CheckpointError: a file is missing, unreadable or contradicts another, or `resolve_config` refuses the draft.
     """
     folder = Path(path)
     config = dict(_read_json(folder / "config.json"))
@@ -80,13 +82,14 @@ def read_checkpoint(
 def check_draft(
     path: str | Path, target: Mapping[str, Any] | None = None, aux_layers: Any = None
 ) -> DraftConfig:
-    """Read the whole draft, weights and all, before anything is built from it. Takes about as long as reading them.
+    """Check the whole draft with its weights before anything is built from it. Takes as long as reading the files.
 
-    Arguments as of `read_checkpoint`. A draft that is left to stock vLLM is checked as far as one can tell.
+    The arguments are those of `read_checkpoint`. A draft that vLLM's own EAGLE-3 serves is checked only as far as
+    this package understands it.
 
     Raises:
-        CheckpointError: what `read_checkpoint` and `canonical_tensors` raise; a language model instead of a draft; a
-            stated number of layers that the tensors contradict.
+        CheckpointError: `read_checkpoint` or `canonical_tensors` refuses the draft; the folder holds a language model
+            instead of a draft; the tensors contradict the number of layers in config.json.
     """
     checkpoint = read_checkpoint(path, target, aux_layers)
     refuse_another_model(checkpoint.config, checkpoint.file_of, str(checkpoint.path))
@@ -97,7 +100,7 @@ def check_draft(
 
 
 def refuse_unreadable(path: str | Path, error: Exception) -> NoReturn:
-    """Raises CheckpointError for a loader's `error`, with the file at fault where reading them again finds it."""
+    """Raise CheckpointError for a loader's `error`. Reads the files again to name the one at fault."""
     if Path(path).is_dir():
         for file in _weight_files(Path(path)):
             for _ in _read(file):
@@ -119,7 +122,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _indexed_files(index: Path) -> list[Path]:
-    """The shards an index names; every tensor has to be where the index says."""
+    """The shards that an index names. Each tensor must be in the file that the index says."""
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, Mapping):
         raise CheckpointError(f"{index}: weight_map: expected an object, found {weight_map!r}")
@@ -169,7 +172,7 @@ def _opened(file: Path) -> Iterator[Any]:
 
 
 def _unpickled(file: Path) -> Mapping[Any, Any]:
-    """The state dict in a .bin file: of plain tensors, and no larger than the file."""
+    """The state dict in a .bin file. It must hold plain tensors and be no larger than the file."""
     _check_is_file(file)
     try:
         zipped = is_zipfile(file)
@@ -180,7 +183,7 @@ def _unpickled(file: Path) -> Mapping[Any, Any]:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     except CheckpointError:
         raise
-    except Exception as error:  # torch raises whatever a damaged pickle leads to
+    except Exception as error:  # a damaged pickle can raise any exception
         text = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(
             f"{file}: expected a state dict of plain tensors (read with weights_only=True): {text[0]}"
@@ -208,7 +211,7 @@ def _read_json(file: Path) -> Mapping[str, Any]:
 
 
 def _check_is_file(file: Path, hint: str = "") -> None:
-    """Raises CheckpointError for what is missing or no file: reading a pipe or a device might never end."""
+    """Raise CheckpointError for a missing file and for pipes or devices, because reading them might never end."""
     try:
         mode = file.stat().st_mode
     except FileNotFoundError as error:

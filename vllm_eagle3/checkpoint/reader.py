@@ -21,11 +21,11 @@ KINDS: dict[str, Any] = {
 }
 KIND_NAMES = {list: "a list of strings", Mapping: "an object", str: "a string", NUMBER: "a number"}
 LARGEST = 1 << 31
-"""No size of a draft comes near it. A config that states more is damaged, and nothing is allocated by its word."""
+"""Far above every size of a real draft. A config that states more is damaged, and is refused before any allocation."""
 
 
 def check_kinds(config: Mapping[str, Any], source: str) -> None:
-    """Raises CheckpointError where a key that is read holds another kind of JSON value than it should."""
+    """Raise CheckpointError where a key holds the wrong kind of JSON value."""
     for key, value in config.items():
         if value is None or key not in KINDS:
             continue
@@ -34,7 +34,7 @@ def check_kinds(config: Mapping[str, Any], source: str) -> None:
         if kind is list:
             fits = fits and all(isinstance(item, str) for item in value)
         if kind == NUMBER:
-            fits = fits and abs(value) < float("inf")  # NaN is below nothing
+            fits = fits and abs(value) < float("inf")  # also refuses NaN, which compares as false
         if not fits:
             raise CheckpointError(f"{source}: {key}: expected {KIND_NAMES[kind]}, found {value!r:.200}")
 

@@ -1,4 +1,4 @@
-"""Rotary embedding settings of both generations of HF configs -> one `rope_parameters` dict."""
+"""Reads the rotary embedding settings of old and new HF configs into one `rope_parameters` dict."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ DEFAULT_THETA = 10000.0  # transformers' default for llama and qwen3
 
 
 def resolve_rope(layer: Mapping[str, Any], *, source: str) -> tuple[dict[str, Any], list[str]]:
-    """`rope_parameters` (transformers 5) from it, or from `rope_theta` and `rope_scaling` (transformers 4).
+    """`rope_parameters` as transformers 5 writes it, or made from `rope_theta` and `rope_scaling` (transformers 4).
 
     Returns:
         The dict, with at least `rope_type` and `rope_theta`; notes.

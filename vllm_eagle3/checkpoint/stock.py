@@ -1,4 +1,4 @@
-"""Which drafts stock vLLM serves and this plugin leaves to it, with the reason."""
+"""Which drafts this plugin leaves to vLLM's own EAGLE-3, and why."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,11 +18,11 @@ PARALLEL_KEYS = ("mask_token_id", "pard_token", "ptd_token_id")
 
 
 def left_to_stock(config: Mapping[str, Any], layer: Mapping[str, Any]) -> str | None:
-    """The reason why a draft is left to stock vLLM, or None.
+    """The reason why vLLM's own EAGLE-3 serves a draft instead of this plugin, or None.
 
     Args:
         config: the parsed config.json.
-        layer: the part of it that describes the layer (itself, except for speculators).
+        layer: the part of it that describes the layer (speculators nests it; elsewhere it is `config` itself).
     """
     nested = config.get("eagle_config")
     nested = nested if isinstance(nested, Mapping) else {}

@@ -1,4 +1,4 @@
-"""What a draft has to know about its target, and whether it was made for this one."""
+"""What a draft needs to know about its target, and checks that it was made for this target."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ NESTED_TEXT_MODELS = ("text_config", "llm_config")
 
 @dataclass(frozen=True)
 class TargetFacts:
-    """Sizes of the target's text model; None where its config does not state them."""
+    """Sizes of the target's text model. A size is None if the target's config does not state it."""
 
     hidden_size: int | None
     vocab_size: int | None
@@ -21,7 +21,7 @@ class TargetFacts:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "TargetFacts":
-        """From the target's parsed config.json; multimodal ones nest the text model."""
+        """Read them from the target's parsed config.json, in which multimodal targets nest the text model."""
         text: Mapping[str, Any] = next(
             (config[key] for key in NESTED_TEXT_MODELS if isinstance(config.get(key), Mapping)), {}
         )
@@ -54,7 +54,7 @@ class TargetFacts:
                 )
 
     def notes(self, draft_max_position: int, verifier: Mapping[str, Any]) -> list[str]:
-        """What is odd about the pair but may be meant."""
+        """Warnings about a pair of draft and target that looks wrong but may be intended."""
         notes = []
         if self.max_position_embeddings and draft_max_position < self.max_position_embeddings:
             notes.append(

@@ -1,4 +1,4 @@
-"""The target's head, for drafts with a vocabulary of their own that ship without one."""
+"""Reads the head from the target's files for a draft that has its own vocabulary but no head."""
 
 from pathlib import Path
 
@@ -18,10 +18,10 @@ def target_head_rows(target: str, ids: Tensor, revision: str | None = None) -> T
     Args:
         target: directory, or name of a model that is in the local Hugging Face cache (the engine has loaded it).
         ids: [n] target ids.
-        revision: of the model in the cache; None for the one that its `main` names.
+        revision: the revision of the model in the cache; None for the one that `main` names.
 
     Raises:
-        CheckpointError: no such files, or no head among them.
+        CheckpointError: the files are missing, or none of them holds a head.
     """
     folder = Path(target)
     if not folder.is_dir():

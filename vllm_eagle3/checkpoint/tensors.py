@@ -1,4 +1,4 @@
-"""Tensors of any dialect -> canonical names, every shape checked, the vocabulary map settled."""
+"""Reads tensors of any dialect: renames them, checks each shape, and resolves the vocabulary map."""
 
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -41,7 +41,7 @@ Shape = tuple[int, ...]
 
 
 def expected_shapes(config: DraftConfig) -> tuple[dict[str, Shape], dict[str, Shape]]:
-    """Canonical name -> shape of the required tensors and of the optional ones, d2t and t2d aside."""
+    """Shapes by canonical name, of the required and of the optional tensors. d2t and t2d are not among them."""
     layer, h, ht = config.layer_config, config.hidden_size, config.target_hidden_size
     fused = config.num_aux_hidden_states * ht
     q_out = layer["num_attention_heads"] * layer["head_dim"]
@@ -63,7 +63,7 @@ def expected_shapes(config: DraftConfig) -> tuple[dict[str, Shape], dict[str, Sh
         "norm.weight": (h,),
     }
     optional: dict[str, Shape] = {"lm_head.weight": (config.draft_vocab_size, h)}
-    # The target's embedding can stand in only where it has the draft's width.
+    # The draft can use the target's embedding only if both have the same width.
     (optional if h == ht else required)["embed_tokens.weight"] = (config.vocab_size, h)
     if layer["model_type"] == "qwen3":
         required |= {attention + f"{x}_norm.weight": (layer["head_dim"],) for x in "qk"}
@@ -96,22 +96,24 @@ def canonical_tensors(
     file_of: Mapping[str, str] | None = None,
     notes: list[str] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Stream a draft's tensors in canonical form; all checks are done when the iterator ends.
+    """Stream a draft's tensors in canonical form. All checks are done when the iterator ends.
 
-    `d2t` (int64 offsets) and `t2d` (bool) come last, and only where the draft has a vocabulary of its own.
-    Without `lm_head.weight` in what comes out, the head is the target's (its rows `i + d2t[i]`); without
-    `embed_tokens.weight`, the embedding is. A full-vocabulary head of a draft with a smaller vocabulary comes
-    out as the rows of its vocabulary. Where the attention has biases, a missing o_proj.bias is zeros.
+    `d2t` (int64 offsets) and `t2d` (bool) come last, and only if the draft has its own vocabulary.
+    If no `lm_head.weight` is yielded, the draft uses rows `i + d2t[i]` of the target's head. If no
+    `embed_tokens.weight` is yielded, it uses the target's embedding. If the checkpoint's head covers the target's
+    whole vocabulary, only the rows of the draft's vocabulary are yielded. If the attention has biases and
+    o_proj.bias is missing, zeros are yielded for it.
 
     Args:
         config: from `resolve_config`.
         weights: (name, tensor) pairs in any order.
-        source: what errors name when `file_of` does not know better.
+        source: the name used in errors about tensors that are not in `file_of`.
         file_of: file of each tensor by its original name.
-        notes: what is found out on the way is appended.
+        notes: findings are appended to it.
 
     Raises:
-        CheckpointError: an unknown, doubled or missing tensor, a wrong shape or map; at the end at latest.
+        CheckpointError: a tensor is unknown, missing, given twice or misshapen, or the map is wrong. Some of these
+            are only found at the end.
     """
     if config.unsupported_reason:
         raise CheckpointError(f"{source}: left to stock vLLM: {config.unsupported_reason}")
@@ -123,10 +125,9 @@ def canonical_tensors(
 
 
 def refuse_another_model(config: DraftConfig, names: Iterable[str], source: str) -> None:
-    """Raises CheckpointError for a language model in the place of a draft, and for a wrong number of layers.
+    """Raise CheckpointError for a language model instead of a draft, and for a wrong number of layers.
 
-    The number is wrong where the tensors contradict config.json. This also holds for drafts that are left to stock
-    vLLM.
+    The number is wrong if the tensors contradict config.json. Drafts that vLLM's own EAGLE-3 serves are checked too.
     """
     names = list(names)
     if not any(name.startswith("fc.") for name in names) and any(n.startswith("model.") for n in names):
@@ -144,7 +145,7 @@ def refuse_another_model(config: DraftConfig, names: Iterable[str], source: str)
 
 
 class _Stream:
-    """What has been seen so far, and what has to wait for the end: the maps, and a head that needs them."""
+    """The tensors seen so far, and those that are held back until the end: the maps, and a head that needs them."""
 
     def __init__(
         self, config: DraftConfig, source: str, file_of: Mapping[str, str], notes: list[str]
@@ -159,7 +160,7 @@ class _Stream:
         self.fp8: dict[str, str] = {}  # canonical name of each fp8 weight -> its original name
 
     def accepts(self, original: str, tensor: Tensor) -> bool:
-        """Check one tensor. True: pass it on now; False: it is held back or can be recomputed."""
+        """Check one tensor. Returns True if it can be yielded now, False if it is held back or can be recomputed."""
         name, where = canonical_name(original), self.file_of.get(original, self.source)
         if name.endswith("rotary_emb.inv_freq"):
             return False
@@ -197,7 +198,7 @@ class _Stream:
         return True
 
     def finish(self) -> Iterator[tuple[str, Tensor]]:
-        """Check that nothing is missing, then the tensors that had to wait."""
+        """Check that no tensor is missing, then yield those that were held back."""
         parts = [name.rpartition(".") for name in self.seen]
         have = self.seen.keys() | {f"{module}.weight" for module, _, last in parts if last in PACKED_WEIGHTS}
         missing = [f"{name} {list(shape)}" for name, shape in self.required.items() if name not in have]
@@ -229,7 +230,7 @@ class _Stream:
             yield "t2d", t2d.index_fill_(0, target_ids, True)
 
     def _target_ids(self) -> Tensor | None:
-        """`[draft_vocab_size]` target id of each draft id; None where the vocabularies are the same."""
+        """The target id of each draft id, [draft_vocab_size]; None if the vocabularies are the same."""
         d2t, t2d = self.held.get("d2t"), self.held.get("t2d")
         if not self.config.has_draft_vocab and d2t is None and t2d is None:
             return None
@@ -259,7 +260,7 @@ class _Stream:
         self.notes.append(f"lm_head: missing, so the target's head{rows}")
 
     def _hint(self, name: str) -> str:
-        """What an unknown tensor tells about the config."""
+        """What an unknown tensor tells about an error in the config."""
         last = name.rpartition(".")[2]
         if name == "mask_hidden":
             return ": a P-EAGLE draft, but config.json has no mask_token_id"

@@ -1,4 +1,6 @@
-"""The map from draft to target ids, `target_id = i + d2t[i]`: told from absolute maps, rebuilt from t2d."""
+"""The map from draft to target ids, `target_id = i + d2t[i]`.
+
+It is recognised where a checkpoint stores absolute ids instead, and rebuilt from t2d where d2t is missing."""
 
 import torch
 from torch import Tensor
@@ -16,14 +18,14 @@ def resolve_vocab_map(
         t2d: `[vocab_size]` booleans (True: the target id is in the draft vocabulary), or None.
         vocab_size: ids of the target.
         draft_vocab_size: ids of the draft.
-        source: what errors name.
+        source: the name used in error messages.
 
     Returns:
         `[draft_vocab_size]` int64 offsets; the note.
 
     Raises:
-        CheckpointError: no map, a wrong shape, a map that leaves the target vocabulary, names an id twice,
-            contradicts t2d, or may be read both ways.
+        CheckpointError: there is no map; it has a wrong shape, names ids outside the target's vocabulary or an id
+            twice, or contradicts t2d; or it could be read both as offsets and as absolute ids.
     """
     arange = torch.arange(draft_vocab_size)
     selected = None if t2d is None else _selected_ids(t2d, vocab_size, draft_vocab_size, source)
@@ -57,7 +59,7 @@ def resolve_vocab_map(
 
 
 def _selected_ids(t2d: Tensor, vocab_size: int, draft_vocab_size: int, source: str) -> Tensor:
-    """`[draft_vocab_size]` target ids that t2d marks, ascending."""
+    """The target ids that t2d marks, ascending, [draft_vocab_size]."""
     if t2d.shape != (vocab_size,):
         raise CheckpointError(f"{source}: t2d: expected [{vocab_size}] (vocab_size), found {list(t2d.shape)}")
     selected = t2d.to(device="cpu").bool().nonzero().flatten()
@@ -69,7 +71,7 @@ def _selected_ids(t2d: Tensor, vocab_size: int, draft_vocab_size: int, source: s
 
 
 def _problem(ids: Tensor, vocab_size: int, selected: Tensor | None) -> str | None:
-    """Why `ids` cannot be the target ids of the draft vocabulary, or None."""
+    """The reason why `ids` cannot be the target ids of the draft's vocabulary, or None."""
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocab_size:
         return f"it leaves the target vocabulary: ids from {low} to {high}, vocab_size {vocab_size}"

@@ -1,4 +1,4 @@
-"""Rewrite vLLM's configuration of the draft to what the checkpoint means, before vLLM builds the draft."""
+"""Corrects vLLM's configuration of the draft by what the checkpoint means, before vLLM builds the draft."""
 
 import logging
 from functools import lru_cache
@@ -48,8 +48,8 @@ def activate(vllm_config: VllmConfig) -> DraftConfig | None:
     """Resolve the draft and rewrite its `hf_config` in place, so that vLLM builds this project's draft model.
 
     Returns:
-        The canonical configuration, or None where the draft is left to stock vLLM (other methods; drafts that this
-        project does not serve, with one warning that says why).
+        The canonical configuration, or None if vLLM itself serves the draft: for other methods, and for drafts that
+        this project does not support, which one warning explains.
     """
     speculative = vllm_config.speculative_config
     if speculative is None or speculative.method != "eagle3":
@@ -78,18 +78,18 @@ def _warn_left(reason: str) -> None:
 
 
 def _rewrite(model: Any, config: DraftConfig, max_model_len: int) -> None:
-    """Write every convention into hf_config, where both of vLLM's runners read it."""
+    """Write every resolved convention into hf_config, which both of vLLM's runners read."""
     hf = model.hf_config
     hf.architectures = [ARCHITECTURES[config.layer_config["model_type"]]]
     hf.eagle_aux_hidden_state_layer_ids = list(config.aux_layers or ())
     hf.eagle_config = {"use_aux_hidden_state": True, "norm_before_fc": config.norm_before_fc}
     hf.draft_vocab_size = config.draft_vocab_size
     hf.target_hidden_size = config.target_hidden_size
-    hf.num_aux_hidden_states = hf.num_aux_layers = config.num_aux_hidden_states  # llama's name, qwen3's
+    hf.num_aux_hidden_states = hf.num_aux_layers = config.num_aux_hidden_states  # llama's and qwen3's name
     for flag in ("norm_before_residual", "fc_norm", "norm_output"):
         setattr(hf, flag, getattr(config, flag))
-    # Trainers state the length they trained on. Without scaling, RoPE is a closed form: the table only has to be
-    # long enough; with scaling, vLLM sizes the table from the scaling itself.
+    # Trainers state the length that they trained on, and vLLM sizes the table of rotations by it. A longer table has
+    # the same values without scaling. With scaling, vLLM takes the size from the scaling settings.
     rope_type = (config.layer_config["rope_parameters"] or {}).get("rope_type", "default")
     if hf.max_position_embeddings < max_model_len and rope_type == "default":
         hf.max_position_embeddings = max_model_len

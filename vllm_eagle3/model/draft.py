@@ -1,8 +1,8 @@
-"""The EAGLE-3 draft as a vLLM module: vLLM's own layers, loaded from the canonical form, with a cheaper step on a CPU.
+"""The EAGLE-3 draft as a vLLM module: vLLM's own layers, loaded from the canonical form, and a cheaper step for CPUs.
 
-vLLM's `forward` runs one fused layer over all rows, and is used where CUDA graphs capture it. `step`, for a CPU, writes
-keys and values for all rows but computes attention, MLP and output only for the rows that draft. A draft has one
-layer, so nothing reads the output of the other rows.
+vLLM's `forward` runs the layer over all rows. It is used on GPUs, where CUDA graphs capture it. `step` is for CPUs: it
+writes keys and values for all rows, but computes attention, MLP and output only for the rows that draft. A draft has
+one layer, so nothing reads the output of the other rows.
 """
 
 from collections.abc import Iterable, Sequence
@@ -28,7 +28,7 @@ from vllm_eagle3.model.ops import add_rms_norm, linear, rms_norm, silu_and_mul
 
 
 class _DraftMixin(nn.Module):
-    """What this project adds to vLLM's EAGLE-3 modules; the base class comes second in the MRO."""
+    """What this project adds to vLLM's EAGLE-3 modules, which are the second base class."""
 
     config: Any
     model: Any
@@ -42,34 +42,34 @@ class _DraftMixin(nn.Module):
         options = Eagle3Options.from_additional_config(vllm_config.additional_config)
         self.fused_kernels, self.int8_draft = options.fused_kernels, options.int8_draft
         self.int8: dict[nn.Module, Int8Linear] = {}
-        """What `step` and `draft_logits` use instead of these layers on a CPU."""
+        """Int8 layers that `step` and `draft_logits` use on a CPU, by the layer that they replace."""
         speculative = vllm_config.speculative_config
         assert speculative is not None
         self.source, target = speculative.draft_model_config.model, speculative.target_model_config
         self.target, self.target_revision = target.model, target.revision
         self.draft_to_target: torch.Tensor | None = None
-        """[draft_vocab] int64: target id of each draft id; None where the vocabularies are equal."""
+        """[draft_vocab] int64: target id of each draft id; None if the vocabularies are equal."""
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Load tensors of any dialect. Raises CheckpointError on what is missing, unknown, misshapen or unreadable."""
+        """Load tensors of any dialect. Raises CheckpointError if one is missing, unknown, misshapen or unreadable."""
         try:
             tensors = dict(canonical_tensors(self.draft_config, weights, source=self.source))
         except (SafetensorError, OSError, RuntimeError) as error:
             refuse_unreadable(self.source, error)
         if self.draft_config.has_draft_vocab and "lm_head.weight" not in tensors:
-            # Stock vLLM would share the target's head and read its first rows as the draft's vocabulary.
+            # vLLM itself would share the target's head and take its first rows for the draft's vocabulary.
             ids = tensors["d2t"].cpu() + torch.arange(self.draft_config.draft_vocab_size, device="cpu")
             tensors["lm_head.weight"] = target_head_rows(self.target, ids, self.target_revision)
         super().load_weights(tensors.items())  # type: ignore[misc]  # the base class comes second
         if current_platform.is_cpu():
-            cpu.native()  # compiles now what the first step would have to wait for
+            cpu.native()  # compile now, so that the first step does not wait
         offsets = self.draft_id_to_target_id
         if offsets is not None:
             self.draft_to_target = torch.arange(len(offsets), device=offsets.device) + offsets.data
         if self.int8_draft:
             attention, mlp = self.model.layers[0].self_attn, self.model.layers[0].mlp
             layers = [self.model.fc, attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj]
-            if "lm_head.weight" in tensors:  # without it vLLM shares the target's head after loading
+            if "lm_head.weight" in tensors:  # otherwise vLLM shares the target's head after loading
                 layers.append(self.lm_head)
             self.int8 = int8_layers(layers)
 
@@ -96,13 +96,13 @@ class _DraftMixin(nn.Module):
     def combine_hidden_states(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """g [n, h] from the concatenated states [n, states * h_target].
 
-        Upstream normalises strided chunks, which vLLM's CPU kernel reads as if they were contiguous, so that with
+        vLLM's own method norms strided chunks. Its CPU kernel reads them as if they were contiguous, so that with
         `fc_norm` every row but the first is wrong. `fuse` gives the kernel contiguous states.
         """
         return self.fuse(hidden_states.chunk(self.draft_config.num_aux_hidden_states, dim=-1))
 
     def get_top_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Most likely target ids [n] int64 for normed outputs [n, h]: argmax in the draft vocabulary, then mapped."""
+        """Most likely target ids [n] int64 for normed outputs [n, h]: argmax in the draft's vocabulary, then mapped."""
         if self.lm_head in self.int8:
             # In bf16 on a CPU, max is several times faster than argmax, which is not vectorised.
             ids = self.draft_logits(hidden_states).max(dim=-1).indices
@@ -157,14 +157,14 @@ class _DraftMixin(nn.Module):
 
         Args:
             input_ids: [n] token after each row's state.
-            hidden_states: [n, h] g of each row (or a of its parent).
+            hidden_states: [n, h] g of each row, or a of its parent.
             positions: [n] positions of the states.
             slot_mapping: [n] KV slots of the rows; None writes no KV (profiling, and levels of a tree).
-            attn_metadata: metadata of the backend for r queries, one a request; None skips attention.
-            rows: [r] indices of the rows that draft; None means all, an empty one only writes KV.
+            attn_metadata: the attention backend's metadata for r queries, one per request; None skips attention.
+            rows: [r] indices of the rows that draft; None for all rows. With none at all the step only writes KV.
 
         Returns:
-            (norm(a), what the next step takes for g), both [r, h].
+            (norm(a), the input of the next step in place of g), both [r, h].
         """
         layer, model, eps = self.model.layers[0], self.model, self.config.rms_norm_eps
         attention, attn = layer.self_attn, layer.self_attn.attn
@@ -199,7 +199,7 @@ class _DraftMixin(nn.Module):
             heads = (-1, attention.head_dim)
             query = rms_norm(query.reshape(heads), attention.q_norm.weight, eps).view(query.shape)
             key = rms_norm(key.reshape(heads), attention.k_norm.weight, eps).view(key.shape)
-        # Called by itself, vLLM's module would run its slower native form.
+        # vLLM's module would run its slower form when it is called outside of torch.compile.
         return *attention.rotary_emb.forward_cpu(positions, query, key), value
 
 

@@ -1,6 +1,6 @@
-"""Draft weights in int8 on a CPU, where the time of a draft step is the time of reading its weights.
+"""Draft weights in int8 on a CPU, where a draft step takes as long as reading its weights.
 
-Only drafts depend on it. Verification reads the target's own weights, so outputs do not change.
+The target keeps its own weights, so this changes which tokens are drafted and never the output.
 """
 
 from collections.abc import Iterable
@@ -14,8 +14,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 MAX_ERROR = 0.03
 """Largest relative error of the rounded weights.
 
-An fc with an error of 0.065 (few large weights and many small ones, which target states with large channels lead to)
-lowered acceptance. Layers and heads have errors of 0.01 to 0.02, and lowered it by nothing that was seen.
+An fc with an error of 0.065 lowered acceptance: target states with a few large channels had given it a few large
+weights among many small ones. Layers and heads have errors of 0.01 to 0.02, which did not lower it measurably.
 """
 
 
@@ -44,13 +44,13 @@ class Int8Linear:
 
 
 def int8_layers(layers: Iterable[nn.Module]) -> dict[nn.Module, Int8Linear]:
-    """Int8 stand-ins for those of `layers` that can have one and whose error is at most MAX_ERROR."""
+    """Int8 forms of those of `layers` that support it and whose rounding error is at most MAX_ERROR."""
     rounded = {layer: Int8Linear(layer.weight.data) for layer in layers if supports(layer)}  # type: ignore[arg-type]
     return {layer: int8 for layer, int8 in rounded.items() if int8.error <= MAX_ERROR}
 
 
 def supports(layer: Any) -> bool:
-    """Whether an Int8Linear can stand for this layer of vLLM's: on a CPU, bf16, whole, unquantised, without bias."""
+    """Whether an Int8Linear can replace this layer of vLLM: on a CPU, bf16, neither sharded nor quantised, no bias."""
     weight = getattr(layer, "weight", None)
     return (
         isinstance(weight, torch.Tensor)

@@ -1,7 +1,7 @@
-"""vLLM's kernels, called directly.
+"""Calls vLLM's kernels directly.
 
-Outside torch.compile, vLLM's modules run unfused PyTorch operations, which cost a CPU more than the matrix products of
-a draft step.
+Outside of torch.compile, vLLM's modules run separate PyTorch operations. On a CPU these take longer than the matrix
+products of a draft step.
 """
 
 from typing import Any
@@ -35,7 +35,7 @@ def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
 
 
 def linear(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    """One of vLLM's linear layers on x [n, in], quantised or not; sharded ones go through the module."""
+    """Apply one of vLLM's linear layers, quantised or not, to x [n, in]. Sharded layers are called as modules."""
     if layer.tp_size > 1:
         return layer(x)[0]
     return layer.quant_method.apply(layer, x, layer.bias)

@@ -1,4 +1,4 @@
-"""The shapes and conventions of a draft, as the plain PyTorch model takes them."""
+"""Shapes and conventions of a draft for the plain PyTorch model."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class PlainDraftConfig:
         """The plain form of a config that `vllm_eagle3.checkpoint` resolved.
 
         Raises:
-            CheckpointError: the checkpoint reader left this draft to stock vLLM, or its aux layers are unknown.
+            CheckpointError: only vLLM's own EAGLE-3 serves this draft, or its aux layers are unknown.
         """
         if found.unsupported_reason or found.aux_layers is None:
             raise CheckpointError(f"{source}: {found.unsupported_reason or 'its aux layers are not known'}")

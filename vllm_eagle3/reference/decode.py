@@ -1,9 +1,9 @@
-"""EAGLE-3 decoding in plain transformers and torch, one sequence at a time, written to be read: the oracle.
+"""EAGLE-3 decoding in plain transformers and torch, one sequence at a time. The tests compare the engine with it.
 
-Paper: arXiv 2503.01840, section 3.1 (drafting from the target's low, mid and high states); EAGLE-2,
+Sources: arXiv 2503.01840, section 3.1 (drafting from the target's low, mid and high states); EAGLE-2,
 arXiv 2406.16858, section 4 (expansion and reranking of the tree). A chain is a tree in which every node has
-one child, so verification is written once. A graft hangs what followed the newest tokens before in the text
-into either.
+one child, so the same verification serves both. A graft adds a branch to either: a copy of the tokens that
+followed an earlier occurrence of the text's newest tokens.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from vllm_eagle3.reference.draft import KV, DraftModel
 class Tree:
     """A draft. Node 0 is the root, the last token of the text; a parent comes before its children.
 
-    tokens: target ids of the nodes; parents: index of each node's parent, -1 for the root. For drafts that were
-    drawn (`reference/sampled.py`), q: by node, the distribution [vocab] that its children in `drawn` were drawn
-    from, in order and without replacement.
+    tokens: target ids of the nodes; parents: index of each node's parent, -1 for the root. Only for drawn drafts
+    (`reference/sampled.py`), by node: `drawn`, its children in the order of drawing, without replacement, and `q`,
+    the distribution [vocab] that they were drawn from.
     """
 
     tokens: list[int]
@@ -41,7 +41,7 @@ class Tree:
         return depths
 
     def visible(self) -> Tensor:
-        """bool [nodes, nodes]: a node reads itself and its ancestors, the root among them."""
+        """The mask, bool [nodes, nodes]: a node reads itself and its ancestors, which include the root."""
         mask = torch.eye(len(self.tokens), dtype=torch.bool)
         for node, parent in enumerate(self.parents):
             if parent >= 0:
@@ -51,9 +51,9 @@ class Tree:
 
 @dataclass
 class Decoded:
-    """The answer with its stop token, and the drafted tokens that each verification read and accepted.
+    """The answer with its stop token, and how many drafted tokens each verification read and accepted.
 
-    The root is not counted among the drafted tokens.
+    The root does not count as a drafted token.
     """
 
     tokens: list[int]
@@ -62,14 +62,14 @@ class Decoded:
 
 
 # A proposer grows a tree from the text's last token: (draft, a of the last row [1, h], the draft's KV, the text).
-# That row is the one of the last token but one, so its position is len(text) - 2.
+# That row belongs to the token before the last, so its position is len(text) - 2.
 Proposer = Callable[[DraftModel, Tensor, KV, list[int]], Tree]
 # A rule of verification: (tree, the target's logits at each node, temperature, noise) -> path and next token
 Verifier = Callable[[Tree, Tensor, float, torch.Generator | None], tuple[list[int], int]]
 
 
 def chain(num_speculative_tokens: int) -> Proposer:
-    """Each step takes the draft's most likely token and feeds its own output back in place of g."""
+    """A chain: each step takes the draft's most likely token, and the next step reads this step's output as its g."""
 
     def propose(draft: DraftModel, a: Tensor, kv: KV, text: list[int]) -> Tree:
         position, tokens = len(text) - 2, text[-1:]
@@ -87,10 +87,10 @@ def chain(num_speculative_tokens: int) -> Proposer:
 def eagle2_tree(depth: int, topk: int, nodes: int) -> Proposer:
     """EAGLE-2's dynamic tree of `depth` levels.
 
-    A node's value is the product of the draft's confidences on the way to it. Expansion: of each level's
-    candidates the `topk` of highest value are expanded, into `topk` children each. Reranking: of all
-    candidates the `nodes` of highest value are kept. A child's value never exceeds its parent's and ties go
-    to the earlier candidate, so what is kept is connected, and a parent comes before its children.
+    A node's value is the product of the draft's confidences along its path. Expansion: the `topk` candidates of
+    highest value in each level get `topk` children each. Reranking: the `nodes` candidates of highest value among
+    all levels are kept. A child's value never exceeds its parent's, and ties go to the earlier candidate. So the
+    kept nodes are connected, and a parent comes before its children.
     """
 
     def propose(draft: DraftModel, a: Tensor, kv: KV, text: list[int]) -> Tree:
@@ -125,10 +125,10 @@ def eagle2_tree(depth: int, topk: int, nodes: int) -> Proposer:
 
 
 def look_up(text: list[int], length: int, min_match: int, max_match: int) -> list[int]:
-    """The `length` tokens that followed the newest tokens of the text where they occurred before.
+    """The `length` tokens that followed an earlier occurrence of the text's newest tokens; empty if there is none.
 
-    The longest match counts (`min_match` to `max_match` tokens), and the latest of several. Tokens are copied one by
-    one, so that a loop continues as a loop. Empty without a match.
+    The longest match wins (`min_match` to `max_match` tokens), then the latest. Tokens are copied one by one, so that
+    a text that repeats itself is continued by the same repetition.
     """
     longest, place = min_match - 1, None
     for end in range(1, len(text)):  # the earlier place is text[:end]
@@ -148,10 +148,11 @@ def look_up(text: list[int], length: int, min_match: int, max_match: int) -> lis
 def grafted(
     propose: Proposer, length: int = 8, min_match: int = 2, max_match: int = 8, places: int | None = None
 ) -> Proposer:
-    """The draft of `propose` with the looked-up continuation as a branch of its own, from the root on.
+    """A proposer that adds the looked-up continuation to the draft of `propose`, as a branch that begins at the root.
 
-    The continuation's nodes come first, then the draft's, best first, without those that carry the same path. What
-    goes beyond `places` nodes is left out, so a graft takes the places of the likeliest draft's least likely nodes.
+    The continuation's nodes come first. The draft's nodes follow, best first, without those whose path the
+    continuation already has. Only the first `places` nodes are kept, so the graft replaces the draft's least likely
+    nodes.
     """
 
     def with_graft(draft: DraftModel, a: Tensor, kv: KV, text: list[int]) -> Tree:
@@ -174,7 +175,7 @@ def grafted(
 
 
 class Target:
-    """A causal language model of transformers with its KV cache. `aux_layers` k: the state after k layers."""
+    """A causal language model of transformers with its KV cache. Id k in `aux_layers` is the state after k layers."""
 
     def __init__(self, model: Any, aux_layers: tuple[int, ...]) -> None:
         layers = model.config.num_hidden_layers
@@ -183,15 +184,16 @@ class Target:
         self.model, self.aux_layers, self.cache = model, aux_layers, DynamicCache(config=model.config)
 
     def __call__(self, tree: Tree, past: int, logits_to_keep: int = 0) -> tuple[Tensor, list[Tensor]]:
-        """Reads the nodes behind `past` cached tokens.
+        """Run the nodes after `past` cached tokens.
 
-        Returns logits [nodes, vocab] (of the last `logits_to_keep` if given) and aux states, each [nodes, ht].
+        Returns logits [nodes, vocab] (only the last `logits_to_keep` rows if given) and aux states, each [nodes, ht].
         """
         device = self.model.device
         mask = torch.cat([torch.ones(len(tree.tokens), past, dtype=torch.bool), tree.visible()], 1)
         forbidden = torch.finfo(self.model.dtype).min
         additive = torch.zeros(mask.shape, dtype=self.model.dtype).masked_fill(~mask, forbidden)
-        top: list[Tensor] = []  # transformers norms the last of its hidden_states: take it before that
+        # The last of transformers' hidden_states is normed. This is the state before the norm.
+        top: list[Tensor] = []
         last_layer = self.model.get_decoder().layers[-1]
         hook = last_layer.register_forward_hook(lambda module, args, output: top.append(output))
         out = self.model(
@@ -207,7 +209,7 @@ class Target:
         return out.logits[0], [states[k][0] for k in self.aux_layers]
 
     def keep(self, past: int, path: list[int]) -> None:
-        """Keeps, behind `past` tokens, the KV of the nodes on the accepted path only."""
+        """Keep the KV of the `past` tokens and, after it, that of the accepted path. Drop all other nodes."""
         slots = torch.tensor([*range(past), *(past + node for node in path)], device=self.model.device)
         layer: Any
         for layer in self.cache.layers:
@@ -215,7 +217,7 @@ class Target:
 
 
 def draw(logits: Tensor, temperature: float, generator: torch.Generator | None) -> int:
-    """One token of the target's distribution [vocab]; the most likely one at temperature 0."""
+    """One token drawn from the target's distribution [vocab]; the most likely one at temperature 0."""
     if temperature == 0:
         return int(logits.argmax())
     return int(torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator))
@@ -227,7 +229,8 @@ def accept(
     """The accepted path, root first, and the token after it.
 
     At each node a token is drawn from the target; a child that carries it is accepted, else the path ends.
-    Every token of the text is thus a draw from the target, whatever was drafted: no loss at any temperature.
+    So each token of the text is a draw from the target, whatever was drafted, and the output's distribution is the
+    target's at any temperature.
     """
     path = [0]
     while True:
@@ -251,10 +254,10 @@ def decode(
     generator: torch.Generator | None = None,
     verify: Verifier = accept,
 ) -> Decoded:
-    """Answers `prompt` (token ids), at most `max_tokens` tokens, up to and with the first token in `stop`.
+    """Answer `prompt` (token ids) with at most `max_tokens` tokens, up to and including the first token in `stop`.
 
-    `model` is an AutoModelForCausalLM. The last verification counts in full, as in vLLM, though its tokens
-    may go beyond the end of the answer.
+    `model` is an AutoModelForCausalLM. All tokens that the last verification accepts are counted, as in vLLM,
+    although some of them may lie beyond the end of the answer.
     Raises ValueError on an empty prompt or an aux layer the target lacks.
     """
     if not prompt or max_tokens < 1:

@@ -1,4 +1,4 @@
-"""The EAGLE-3 draft decoder in plain PyTorch: what training fits and what the reference decoder runs."""
+"""The EAGLE-3 draft decoder in plain PyTorch. The trainer trains it, and the reference decoder drafts with it."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class DraftLayer(nn.Module):
         self.norm_before_residual = c.norm_before_residual
 
     def inputs(self, e: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        """What attention reads [n, 2h] and the residual [n, h]."""
+        """The input of attention [n, 2h] and the residual [n, h]."""
         normed = self.hidden_norm(g)
         return torch.cat(
             [self.input_layernorm(e), normed], dim=-1
@@ -150,11 +150,11 @@ class DraftModel(nn.Module):
     def layer(
         self, e: Tensor, g: Tensor, positions: Tensor, kv: KV | None = None, mask: Tensor | None = None
     ) -> tuple[Tensor, KV]:
-        """One pass of the decoder layer over n rows behind `past` cached ones.
+        """One pass of the decoder layer over n rows that follow `past` cached rows.
 
         e: embeddings of the *next* token [n, h]; g: features (or the previous a) [n, h]; positions [n];
-        kv: (k, v), each [past, kv_heads, head_dim], k rotated; mask: bool [n, past + n], True = may be
-        read (None: causal). Returns a [n, h], before the last norm, and the cache grown by n rows.
+        kv: (k, v), each [past, kv_heads, head_dim], k rotated; mask: bool [n, past + n], True for the keys that a
+        row reads (None: causal). Returns a [n, h] before the last norm, and the cache with the n new rows.
         """
         layer = self.draft_layer
         x, residual = layer.inputs(e, g)
@@ -176,7 +176,7 @@ class DraftModel(nn.Module):
         return layer.output(attended, residual), (k, v)
 
     def next_g(self, a: Tensor) -> Tensor:
-        """What the next draft step reads in place of g: a, or norm(a) if the config has norm_output."""
+        """The input of the next draft step in place of g: a, or norm(a) if the config has norm_output."""
         return self.norm(a) if self.config.norm_output else a
 
     def logits(self, a: Tensor) -> Tensor:
@@ -201,16 +201,16 @@ def load_draft(
     embeddings: Tensor | None = None,
     head: Tensor | None = None,
 ) -> DraftModel:
-    """The draft in directory `path`, of any dialect that `vllm_eagle3.checkpoint` reads.
+    """Load the draft in the directory `path`, in any dialect that `vllm_eagle3.checkpoint` reads.
 
-    target: directory of the target; the draft is checked against its config, which also gives the aux layers
-    where the draft's own config does not name them.
-    embeddings, head [vocab, h]: the target's, used where the checkpoint ships none of its own. Without
-    `embeddings`, `embed_tokens` is then filled with NaN, and the caller has to set it before use.
+    target: directory of the target. Its config is checked against the draft's, and gives the aux layers if the
+    draft's own config names none.
+    embeddings, head [vocab, h]: the target's, for a checkpoint that contains none. Without `embeddings`,
+    `embed_tokens` of such a draft is filled with NaN, and the caller must set it before use.
 
     Raises:
-        CheckpointError: what `vllm_eagle3.checkpoint` refuses, a draft without a head where `head` is None, or
-            tensors that the plain model has no place for.
+        CheckpointError: `vllm_eagle3.checkpoint` refuses the draft, neither it nor the caller has a head, or it has
+            tensors that the plain model does not use.
     """
     checkpoint = read_checkpoint(path, target)
     model = DraftModel(PlainDraftConfig.resolved(checkpoint.config, str(path)))

@@ -1,4 +1,4 @@
-"""Frequencies of rotary embeddings, as vLLM's rotary layers compute them."""
+"""Frequencies of rotary embeddings, computed as in vLLM's rotary layers."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def _llama3(inv: Tensor, rope: Mapping[str, Any]) -> Tensor:
 def _yarn(inv: Tensor, rope: Mapping[str, Any], dim: int, theta: float) -> Tensor:
     """YaRN (arXiv 2309.00071).
 
-    Frequencies that turn `beta_fast` times or more within the old length stay, those that turn `beta_slow` times or
-    less are divided by the factor, and between the two it is a ramp.
+    Frequencies that turn `beta_fast` times or more within the old length stay unchanged. Those that turn `beta_slow`
+    times or less are divided by the factor. Between the two, the change is linear.
     """
     old = rope["original_max_position_embeddings"]
 

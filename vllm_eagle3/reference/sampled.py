@@ -1,7 +1,8 @@
 """Drafts that are drawn from the draft's own distribution q, and the rules that verify them without loss.
 
-A fixed draft x is accepted with p(x). One that was drawn from q is accepted with min(1, p(x) / q(x)), which in
-all is the overlap of p and q; if it is refused, the next token comes from the residual norm(max(p - q, 0)).
+A draft x that was not drawn is accepted with probability p(x). One that was drawn from q is accepted with probability
+min(1, p(x) / q(x)); over all x that sums to the overlap of p and q. If it is refused, the next token is drawn from the
+residual norm(max(p - q, 0)).
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from vllm_eagle3.reference.draft import KV, DraftModel
 def sampled_tree(
     depth: int, topk: int, nodes: int, temperature: float, generator: torch.Generator | None
 ) -> Proposer:
-    """A tree of drawn children; with topk 1 and nodes = depth a drawn chain.
+    """A tree of drawn children. With topk 1 and nodes = depth it is a drawn chain.
 
-    An expanded node draws `topk` children from q (the draft at `temperature`) without replacement: the order of
-    log q + Gumbel noise. The `topk` nodes of each level with the likeliest paths are expanded. The `nodes`
-    likeliest *places* are kept: a place is worth the likelihood of its parent's path times the part of q that the
-    siblings drawn before left over. The value of a place must not depend on the token drawn there, or the kept
-    tokens would no longer be draws from q. It falls from parent to child and from sibling to sibling, so what is
-    kept is connected and a node keeps its first children.
+    An expanded node draws `topk` children from q (the draft at `temperature`) without replacement: it takes the
+    largest values of log q + Gumbel noise. The `topk` nodes with the likeliest paths in each level are expanded.
+    At the end the `nodes` best *places* are kept. The value of a place is the likelihood of its parent's path times
+    the part of q that the siblings drawn before it have left. This value must not depend on the token drawn there;
+    otherwise the kept tokens would no longer be draws from q. It falls from parent to child and from sibling to
+    sibling, so the kept nodes are connected, and a node keeps its first children.
     """
 
     def propose(draft: DraftModel, a: Tensor, kv: KV, text: list[int]) -> Tree:
@@ -57,7 +58,7 @@ def sampled_tree(
             positions = torch.full_like(rows, position + level)
             a, kv = draft.layer(draft.embed(tokens[rows]), draft.next_g(a[of]), positions, kv, mask)
         best = places.sort(descending=True, stable=True).indices[:nodes]
-        keep = best[places[best] > 0].tolist()  # nothing was left to draw for the others
+        keep = best[places[best] > 0].tolist()  # q had no probability left for the other places
         place = {-1: 0} | {candidate: node for node, candidate in enumerate(keep, 1)}
         drawn = [place[parent] for parent in parents[keep].tolist()]
         q_of = {node: drawn_from[c] for c, node in place.items() if node in drawn}
@@ -72,20 +73,20 @@ def sampled_tree(
 
 
 def over_targets(draft: DraftModel, q: Tensor) -> Tensor:
-    """A distribution over the draft's vocabulary as one over the target's, [vocab]."""
+    """A distribution over the draft's vocabulary as a distribution over the target's, [vocab]."""
     ids = draft.draft_to_target(torch.arange(len(q), device=q.device))
     return q.new_zeros(draft.config.vocab_size).index_add_(0, ids, q)
 
 
 def residual(p: Tensor, q: Tensor, weight: float = 1.0) -> tuple[Tensor, float]:
-    """norm(max(weight * p - q, 0)) and the sum before norming. Where rounding leaves nothing, p stays."""
+    """norm(max(weight * p - q, 0)) and the sum before norming. If rounding leaves nothing, p is returned."""
     rest = (weight * p - q).clamp(min=0)
     total = float(rest.sum())
     return (rest / total if total > 0 else p), total
 
 
 class Node:
-    """What verification knows of a node: the target's distribution there, and q for its children in turn."""
+    """What verification knows of a node: the target's distribution p, and q for its next child."""
 
     def __init__(self, tree: Tree, node: int, logits: Tensor, temperature: float) -> None:
         self.p = (logits[node].float() / temperature).softmax(-1)
@@ -94,7 +95,7 @@ class Node:
         self.tree = tree
 
     def candidate(self, child: int) -> tuple[int, Tensor]:
-        """A child's token and the distribution it was drawn from: a given token is drawn with certainty."""
+        """A child's token and the distribution that it was drawn from. A token that was not drawn has probability 1."""
         token = self.tree.tokens[child]
         if child in self.tree.drawn:
             assert self.q is not None
@@ -102,9 +103,9 @@ class Node:
         return token, torch.zeros_like(self.p).index_fill_(0, torch.tensor(token, device=self.p.device), 1.0)
 
     def drop(self, child: int) -> None:
-        """The later siblings were drawn from what is left of q, because draws are without replacement.
+        """Remove a token from q: draws are without replacement, so the later siblings come from what is left.
 
-        The token of a graft is tried before them and not again, so they are draws from q without it.
+        The token of a graft is tried before them and never again, so it is removed from q as well.
         """
         if self.q is not None:
             rest = self.q.clone()
@@ -119,11 +120,11 @@ def uniform(generator: torch.Generator | None, device: torch.device) -> float:
 def accept_top_down(
     tree: Tree, logits: Tensor, temperature: float, generator: torch.Generator | None
 ) -> tuple[list[int], int]:
-    """Recursive rejection (arXiv 2305.09781, 2310.15141): the path and the token after it, as `decode.accept`.
+    """Recursive rejection (arXiv 2305.09781, 2310.15141): the path and the token after it, as in `decode.accept`.
 
-    At a node the children are tried in turn, each with min(1, p(x) / q(x)); after a refusal p becomes the
-    residual and q what is left of it. If none is accepted the token comes from the last residual. For children
-    that were not drawn this is `decode.accept`'s rule in distribution.
+    A node's children are tried in turn; each is accepted with probability min(1, p(x) / q(x)). After a refusal, p
+    becomes the residual, and the token is removed from q. If no child is accepted, the next token is drawn from the
+    last residual. For children that were not drawn, this gives the same distribution as `decode.accept`.
     """
     if temperature == 0:
         raise ValueError("drawn drafts need a temperature above 0")
@@ -144,13 +145,14 @@ def accept_top_down(
 def accept_bottom_up(
     tree: Tree, logits: Tensor, temperature: float, generator: torch.Generator | None
 ) -> tuple[list[int], int]:
-    """Traversal verification (arXiv 2505.12398); on a chain block verification (2403.10444).
+    """Traversal verification (arXiv 2505.12398); on a chain it is block verification (arXiv 2403.10444).
 
-    A node carries the weight w with which the path to it may be accepted, the root 1. A child's is
-    min(1, w p(x) / q(x)). The subtree of each child is tried first; if all of it is refused, p becomes the
-    residual of w p over q, of sum s, and w becomes s / (s + 1 - w). When no child is left the node itself is
-    accepted with w, and the token after it comes from p. Some node of a subtree is so accepted with exactly its
-    root's first w, whatever hangs below.
+    Each node has a weight w: the probability with which the path to it may be accepted. The root's is 1, a child's is
+    min(1, w p(x) / q(x)). The subtrees of a node's children are tried first, one after the other. If all nodes of a
+    subtree are refused, p becomes the normed residual max(w p - q, 0), whose sum is s, and w becomes
+    s / (s + 1 - w). If no child is left, the node itself is accepted with probability w, and the next token is drawn
+    from p. So the probability that any node of a subtree is accepted equals the first w of the subtree's root,
+    whatever the subtree contains.
     """
     if temperature == 0:
         raise ValueError("drawn drafts need a temperature above 0")

@@ -8,23 +8,23 @@ from vllm_eagle3.kernels import tree_walk
 def accept(
     parents: torch.Tensor, tokens: torch.Tensor, drawn: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The path that the target accepts and what it emits.
+    """The path that the target accepts, and the tokens that it emits.
 
-    The rule, at every temperature: at a node, x is the target's own draw given the path to that node
-    (its argmax at temperature 0). If a child carries x, go there; else emit x and stop. Every emitted
-    token is a draw of the target's, so the output is distributed as without speculation; a set of
-    children is accepted with the sum of their target probabilities, the best any rule can do for
-    children that are not sampled.
+    The rule, at every temperature: at a node, x is the token that the target draws after the path to that node
+    (at temperature 0 its argmax). If a child carries x, emit x and go to that child; otherwise emit x and stop.
+    Each emitted token is a draw from the target, so the output has the same distribution as without speculation.
+    One of a node's children is accepted with the sum of their target probabilities. No rule accepts more, as long as
+    the children are not drawn at random.
 
     Args:
         parents: int64 [batch, nodes], -1 for unused nodes (never reached); column 0 is ignored.
-        tokens: int64 [batch, nodes], what each node carries; -1 matches nothing; column 0 is ignored.
+        tokens: int64 [batch, nodes], the token of each node; -1 matches nothing; column 0 is ignored.
         drawn: int64 [batch, nodes], the target's draw at each node.
 
     Returns:
-        path: int64 [batch, nodes], node at each depth; past the accepted ones entry i is i.
-        emitted: int64 [batch, nodes], valid up to the count.
-        count: int32 [batch], tokens emitted: the accepted drafts and one more.
+        path: int64 [batch, nodes], the accepted node at each depth; after the last accepted one, entry i is i.
+        emitted: int64 [batch, nodes], of which the first `count` are valid.
+        count: int32 [batch], number of emitted tokens: the accepted drafts and one more.
     """
     path, accepted = tree_walk(parents, tokens, drawn)
     path = path.long()

@@ -1,6 +1,6 @@
-"""Draft trees as EAGLE-2 grows them (arXiv 2406.16858, section 4): expand level by level, then rerank.
+"""Draft trees as in EAGLE-2 (arXiv 2406.16858, section 4): expand level by level, then rerank.
 
-Pure tensor code with shapes that depend on depth, topk and batch only; nothing waits for the device.
+Pure tensor code. Shapes depend only on depth, topk and batch, and the host never waits for the device.
 """
 
 from typing import NamedTuple
@@ -14,15 +14,15 @@ UNUSED = -1  # parent of an unused node
 
 
 def candidates(depth: int, topk: int) -> int:
-    """Nodes that an expansion scores: topk at the first level, topk * topk at each later one."""
+    """Number of nodes that an expansion scores: topk in the first level, topk * topk in each later level."""
     return topk + (depth - 1) * topk * topk
 
 
 class Tree(NamedTuple):
-    """`nodes` drafts per request in order of rank: a prefix of them is the best smaller tree.
+    """`nodes` drafts per request, best first, so that the first n of them are the best tree of n nodes.
 
     Node 0 is the root (the last sampled token) and has no column; node i + 1 is column i. Parents come before
-    children. An unused node has token 0, parent -1 and score -inf, and comes after all used ones.
+    children. An unused node has token 0, parent -1 and score -inf, and comes after all used nodes.
     """
 
     tokens: torch.Tensor  # [batch, nodes] int64, ids of the target vocabulary
@@ -45,13 +45,13 @@ class Expansion:
 
     1. The root's topk children are the first level. All of them are expanded.
     2. Each expanded node has topk children. The topk best of a level's topk^2 candidates are expanded next.
-    3. At the end the `nodes` best candidates of all levels are kept. A child never scores above its parent and is
-       listed after it, so that the kept candidates are connected: equal scores go to the lower index.
+    3. At the end the `nodes` best candidates of all levels are kept; of equal scores, the lower index wins. A child
+       never scores above its parent and has a higher index, so the kept candidates are connected.
 
     Requests in `chain` (bool `[batch]`) keep only the greedy path: every other candidate scores -inf.
 
     Children that were drawn (`tree/drawn.py`) are kept by the values of their places, which do not depend on the tokens
-    drawn there. Expansions are numbered in order: the root's is 0, then topk a level.
+    drawn there. Expansions are numbered in order: the root's is 0, then topk per level.
     """
 
     def __init__(self, topk: int, chain: torch.Tensor) -> None:
@@ -67,7 +67,7 @@ class Expansion:
     def grow(
         self, log_probs: torch.Tensor, tokens: torch.Tensor, places: torch.Tensor | None = None
     ) -> Frontier:
-        """Add the children of the frontier, all `[batch, frontier, topk]` (frontier is 1 for the root's).
+        """Add the children of the frontier, all `[batch, frontier, topk]`. The first frontier is the root alone.
 
         Children come in order of falling probability or, if they were drawn, in the order of the draws. `places` are
         the log-values of drawn children's places. Returns the new frontier.
@@ -90,7 +90,7 @@ class Expansion:
         return Frontier(self.tokens[-1].gather(1, index), index // self.topk)
 
     def rerank(self, nodes: int) -> Tree:
-        """The best `nodes` candidates as a tree; missing ones are unused."""
+        """The best `nodes` candidates as a tree. If there are fewer candidates, the last nodes are unused."""
         all_parents = torch.cat(self.parents, 1)
         kept = min(nodes, all_parents.shape[1])
         places, index = top_k(torch.cat(self.places, 1), kept)
@@ -117,9 +117,9 @@ class Expansion:
 
 
 class Growth:
-    """An expansion, and what the draft takes to score the next level. `kernels.cpu.Growth` does the same natively.
+    """An expansion together with the draft's inputs for the next level. `kernels.cpu.Growth` is its C++ form.
 
-    Level l (from 1) of a tree that expands k nodes a level owns the scratch slots (l - 1) k to l k - 1.
+    If k nodes are expanded in each level, level l (from 1) owns the scratch slots (l - 1) k to l k - 1.
     """
 
     def __init__(
@@ -133,8 +133,8 @@ class Growth:
     ) -> None:
         """Begin the trees of a batch.
 
-        depth: most levels. chain: bool [batch], requests that keep only the greedy path. last: int64 [batch],
-        position of the row that each tree grows from. token_dtype: of the tokens that levels hand out.
+        depth: the greatest number of levels. chain: bool [batch], requests that keep only the greedy path. last:
+        int64 [batch], position of the row that each tree grows from. token_dtype: dtype of the next level's tokens.
         """
         self.topk, self.last, self.max_position, self.token_dtype = topk, last, max_position, token_dtype
         self.expansion = Expansion(topk, chain)

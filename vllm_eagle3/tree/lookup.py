@@ -1,10 +1,10 @@
-"""Look-up: what followed the last earlier occurrence of a text's newest tokens.
+"""Look-up: the tokens that followed an earlier occurrence of a text's newest tokens.
 
-The rule, for a text t[0 .. n-1]: of all earlier places whose last tokens equal the newest tokens of the text,
-take the one with the longest match, counted up to `max_match` tokens; of equally long matches take the latest.
-A match of fewer than `min_match` tokens counts as none. The continuation is what follows that place. Where the
-text ends before `length` tokens are found, the copy goes on through what it has just copied, so that a loop of
-three tokens continues as a loop.
+The rule, for a text t[0 .. n-1]: find all earlier places where the tokens just before the place equal the newest
+tokens of the text. Take the place with the longest match, counted up to `max_match` tokens, and the latest of equally
+long matches. A match of fewer than `min_match` tokens does not count. The continuation is copied from that place on.
+If the text ends before `length` tokens are copied, the copy reads its own first tokens next, so that a repetition of
+three tokens goes on as a repetition.
 """
 
 from typing import NamedTuple
@@ -17,7 +17,7 @@ MIN_MATCH, MAX_MATCH = 2, 8  # tokens
 
 
 class Continuation(NamedTuple):
-    """What a look-up found for each text of a batch."""
+    """The result of a look-up for each text of a batch."""
 
     tokens: Tensor  # [batch, length] int64, -1 for texts without a match
     match: Tensor  # [batch] int64, tokens that match, 0 for none
@@ -29,15 +29,14 @@ def look_up(
     """The continuation of each text by the module's rule.
 
     Args:
-        tokens: int32 or int64 [batch, width], a text a row; what lies at `ends` and beyond is not read into the
-            result.
-        ends: integer [batch], tokens of each text, at most width. A text without tokens has no match.
+        tokens: int32 or int64 [batch, width], one text per row. Values at `ends` and beyond do not matter.
+        ends: integer [batch], number of tokens of each text, at most width. A text without tokens has no match.
         length: tokens of a continuation.
-        min_match: fewest tokens that a match counts, at least 1.
-        max_match: most tokens that a match counts.
+        min_match: the fewest tokens of a match, at least 1.
+        max_match: the most tokens of a match that are counted.
 
-    On a CPU each text is searched in turn, starting from the places of its newest token; elsewhere all places
-    are compared in operations of fixed shape that the host does not wait for.
+    On a CPU the texts are searched one by one, beginning at the occurrences of the newest token. On other devices all
+    places are compared in operations of fixed shape, which the host does not wait for.
     """
     if tokens.device.type != "cpu":
         return look_up_scan(tokens, ends, length, min_match, max_match)
@@ -55,7 +54,7 @@ def look_up(
 def look_up_text(
     text: np.ndarray, length: int, min_match: int = MIN_MATCH, max_match: int = MAX_MATCH
 ) -> tuple[np.ndarray, int]:
-    """The same for one text, integers [n]: continuation [length] and match, or an empty array and 0."""
+    """Look up one text, integers [n]: its continuation [length] and match, or an empty array and 0."""
     last = len(text) - 1
     places = np.flatnonzero(text[:last] == text[last]) if last > 0 else np.empty(0, dtype=np.int64)
     match = min(len(places), 1)
@@ -72,7 +71,7 @@ def look_up_text(
 
 
 def look_up_scan(tokens: Tensor, ends: Tensor, length: int, min_match: int, max_match: int) -> Continuation:
-    """`look_up` in operations of fixed shape: each place of each text is compared with the newest tokens."""
+    """`look_up` in operations of fixed shape, which compare each place of each text with the newest tokens."""
     width = tokens.shape[1]
     place = torch.arange(width, device=tokens.device)
     last = ends.long()[:, None] - 1

@@ -6,9 +6,9 @@ import torch
 
 
 class TreeMask(NamedTuple):
-    """Key k of a row's request is visible iff k < root, or bit (k - root) of bits is set. All int64 [tokens].
+    """A row sees key k of its request iff k < root or bit (k - root) of bits is set. All are int64 [tokens].
 
-    A row outside any tree is the root of a tree of its own: root is its position, bits is 1.
+    A row that belongs to no tree is the root of its own tree: root is its position, bits is 1.
     """
 
     root: torch.Tensor  # position of the tree's root in the sequence
@@ -25,8 +25,8 @@ class TreeMask(NamedTuple):
     ) -> None:
         """Write the mask of a step in place.
 
-        linear: int64 [tokens], position of each row's slot. rows: int64 [batch, nodes], row of each node; an
-        entry that is not `used` (bool, same shape) repeats the root's row. depth, bits: [batch, nodes].
+        linear: int64 [tokens], position of each row's slot. rows: int64 [batch, nodes], row of each node; where
+        `used` (bool, same shape) is False it is the root's row. depth, bits: [batch, nodes].
         """
         self.root.copy_(linear)
         self.positions.copy_(linear)
@@ -34,4 +34,5 @@ class TreeMask(NamedTuple):
         root_position = linear[rows[:, :1]]
         self.root[rows] = root_position.expand_as(rows)
         self.positions[rows] = root_position + torch.where(used, depth, 0)
-        self.bits[rows] = torch.where(used, bits, 1)  # repeated roots all write the root's own values
+        # Entries that repeat the root's row all write the same values.
+        self.bits[rows] = torch.where(used, bits, 1)
