@@ -1,4 +1,4 @@
-"""Having prompts answered by the target before training, by vLLM engines in processes of their own."""
+"""Lets the target answer the prompts before training, with a vLLM engine in a separate process."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ TORCHRUN = (
 
 
 def answer_prompts(answers: Answers, target: str, dtype: str, ranks: Ranks) -> None:
-    """Let the target answer this rank's part of the prompts; answers that are there already are kept.
+    """Let the target answer this rank's part of the prompts. Answers that exist already are kept.
 
-    The engine runs in a process of its own, so that its memory is given back.
+    The engine runs in a separate process, so that its memory is free when training begins.
 
-    Raises RuntimeError when the engine fails; its own messages are above.
+    Raises RuntimeError if the engine fails. The engine prints its own messages before.
     """
     command = [sys.executable, "-m", "vllm_eagle3.training.generate", "--target", target, "--dtype", dtype]
     command += ["--out", str(answers.out), "--data", *map(str, answers.prompts)]
@@ -40,7 +40,7 @@ def answer_prompts(answers: Answers, target: str, dtype: str, ranks: Ranks) -> N
 
 
 def engine_environment(ranks: Ranks) -> dict[str, str]:
-    """This process's environment without torchrun's variables; one GPU for each rank of the host."""
+    """The environment for the engine: without torchrun's variables, and with one GPU for each rank of the host."""
     found = {name: value for name, value in os.environ.items() if name not in TORCHRUN}
     if ranks.device.startswith("cuda"):
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")

@@ -1,4 +1,6 @@
-"""Attention of the training-time test (paper, figure 6): causal on step 1, one's own chain after it."""
+"""Attention of the training-time test (paper, figure 6).
+
+A row reads the keys of step 1 up to its own place, and the keys of its own chain in later steps."""
 
 from __future__ import annotations
 
@@ -13,10 +15,10 @@ from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, fle
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the packed documents lie: a stream of T tokens, seen as a padded [B, L] for attention.
+    """The places of packed documents: a stream of T tokens, which attention reads as a padded [B, L].
 
-    document [T]: number of a token's document; positions [T]: place of a token in its document; slot [T]:
-    its place in the flat padded [B * L]; rows [R]: stream indices whose chains are trained; lengths [B].
+    document [T]: number of a token's document; positions [T]: place of a token in its document; slot [T]: its place
+    in the flat padded [B * L]; rows [R]: stream indices at which trained chains start; lengths [B] of the documents.
     """
 
     document: Tensor
@@ -39,18 +41,18 @@ class Layout:
         return Layout(doc, positions, doc * width + positions, rows, lengths)
 
     def pad(self, x: Tensor) -> Tensor:
-        """[T, heads, d] -> [B, heads, L, d], zeros where a document has ended."""
+        """[T, heads, d] -> [B, heads, L, d], with zeros after the end of each document."""
         b, length = self.shape
         out = x.new_zeros(b * length, *x.shape[1:]).index_copy(0, self.slot, x)
         return out.view(b, length, *x.shape[1:]).transpose(1, 2)
 
 
 def ttt_mask(documents: Tensor, steps: int) -> Tensor:
-    """The literal mask of `steps` simulated steps over a packed stream; True = may be read.
+    """The whole mask of `steps` simulated steps over a packed stream. True means that a query reads a key.
 
-    documents [T]: document number of every token. Returns [steps * T, steps * T]: row s*T + p is the query
-    of step s + 1 of the chain that starts at p, column s*T + p its key. All step-1 keys up to p of the same
-    document can be read, and of later steps only the chain's own keys (the diagonals of figure 6).
+    documents [T]: document number of each token. Returns [steps * T, steps * T]: row s*T + p is the query of step
+    s + 1 of the chain that starts at p, and column s*T + p is its key. A query reads all step-1 keys of its document
+    up to p. Of later steps it reads only the keys of its own chain (the diagonals of figure 6).
     """
     n = len(documents)
     causal = torch.ones(n, n, dtype=torch.bool).tril() & (documents[:, None] == documents[None])
@@ -64,9 +66,9 @@ def ttt_mask(documents: Tensor, steps: int) -> Tensor:
 
 
 def join_chain(out1: Tensor, lse1: Tensor, q: Tensor, kc: Tensor, vc: Tensor) -> Tensor:
-    """One softmax over a causal part, given by its output [R, H, d] and log-sum-exp [R, H], and c chain keys.
+    """Join a causal part, given by its output [R, H, d] and log-sum-exp [R, H], with c chain keys in one softmax.
 
-    q [R, H, d]; kc, vc [R, c, H, d]. The chain needs c dot products a row (as the paper suggests). fp32.
+    q [R, H, d]; kc, vc [R, c, H, d]. The chain costs c dot products per row, as in the paper. Computes in fp32.
     """
     scores = (q.float()[:, None] * kc.float()).sum(-1) * q.shape[-1] ** -0.5
     lse = torch.logsumexp(torch.cat([lse1[:, None], scores], dim=1), dim=1)
@@ -75,7 +77,7 @@ def join_chain(out1: Tensor, lse1: Tensor, q: Tensor, kc: Tensor, vc: Tensor) ->
 
 
 class FlexAttention:
-    """The attention of a GPU: flex attention over step-1 keys, within documents, joined with the chain."""
+    """The attention for GPUs: flex attention over the step-1 keys of each document, joined with the chain."""
 
     def __init__(self, layout: Layout, k1: Tensor, v1: Tensor) -> None:
         """k1, v1 [T, H, d]."""
@@ -104,7 +106,7 @@ def compiled_flex() -> Any:
 
 
 class FlashAttention:
-    """The attention of a CPU: flash attention over padded documents, joined with the chain in one operation."""
+    """The attention for CPUs: flash attention over padded documents, joined with the chain in one operation."""
 
     def __init__(self, layout: Layout, k1: Tensor, v1: Tensor) -> None:
         """k1, v1 [T, H, d]."""
@@ -119,9 +121,9 @@ class FlashAttention:
 class ChainAttention(torch.autograd.Function):
     """Softmax attention over causal step-1 keys and a row's own chain keys, without a [L, L] matrix.
 
-    Flash attention gives the step-1 part and its log-sum-exp; the chain is a few dot products a row (as the
-    paper suggests); one softmax joins them. Backward hands flash the joint output and log-sum-exp, which is
-    all it needs to yield the gradients of its part of the joint softmax.
+    Flash attention gives the step-1 part and its log-sum-exp. The chain is a few dot products per row, as in the
+    paper. One softmax joins both. The backward pass of flash attention receives the joint output and log-sum-exp;
+    from these it computes the gradients of its part of the joint softmax.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""The model card that is written beside every exported head, and the numbers behind it as JSON."""
+"""The model card beside each exported head, and its numbers as JSON."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class Corpus:
     """What a draft was trained on.
 
-    sources: documents of each; coverage: share of the training answers' tokens in its vocabulary; held_out_coverage: of
-    greedy held-out answers (None: there are none).
+    sources: number of documents of each source; coverage: share of the training answers' tokens that are in the
+    draft's vocabulary; held_out_coverage: the same share of greedy held-out answers (None if there are none).
     """
 
     documents: int
@@ -155,7 +155,7 @@ def write_card(
 
 
 def stage_line(stage: dict[str, Any], ranks: int) -> str:
-    """One stage's settings in a sentence."""
+    """The settings of one stage in a sentence."""
     loss = stage["loss"]
     length = stage["max_steps"] or stage["tokens"] or stage["epochs"]
     unit = next(name for name in ("max_steps", "tokens", "epochs") if stage[name])

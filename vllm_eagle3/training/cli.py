@@ -1,4 +1,4 @@
-"""`vllm-eagle3 train`: prompts or token rows in, a draft with its model card out."""
+"""`vllm-eagle3 train`: trains a draft on prompts or token rows, and writes it with its model card."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from vllm_eagle3.user_input import (
 logger = logging.getLogger(__name__)
 EXAMPLE = "vllm-eagle3 train --target DIR --prompts prompts.jsonl --generate '--limit 300' --out runs/x"
 GROUPS = {"job": TrainJob, "training-time test": LossOptions, "optimiser and run": TrainSettings}
-NEEDED = ("matplotlib", "tensorboard")  # of the extra [train], beyond what the package itself needs
+NEEDED = ("matplotlib", "tensorboard")  # only installed with the extra [train]
 
 
 def add_parser(subparsers: Any) -> None:
-    """Add the subcommand; nothing heavy is imported before it runs."""
+    """Add the subcommand. Nothing heavy is imported before the subcommand runs."""
     parser = subparsers.add_parser(
         "train", help="train an EAGLE-3 draft", description=__doc__, epilog=f"Example: {EXAMPLE}"
     )
@@ -36,7 +36,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of a run: where it is and what it reads, then those of the settings' dataclasses."""
+    """Add the options of a run: its folders and inputs, then the options of the settings' dataclasses."""
     add = parser.add_argument
     add(
         "--recipe",
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def job_from(args: argparse.Namespace) -> TrainJob:
-    """A TrainJob of parsed arguments. Raises ValueError or FileNotFoundError for values that make no sense."""
+    """The TrainJob of parsed arguments. Raises ValueError for a bad value, FileNotFoundError for a missing file."""
     path = recipe.find(args.recipe) if args.recipe else None
     given = {k: v for k, v in vars(args).items() if k in options_of(*GROUPS.values())}
     answers: tuple[Answers, ...] = ()
@@ -68,14 +68,14 @@ def job_from(args: argparse.Namespace) -> TrainJob:
 
 
 def check(job: TrainJob) -> None:
-    """Refuse what would otherwise be found out after the work, or in a library's words."""
+    """Refuse bad arguments before any work, instead of after it or with a library's error message."""
     check_model(job.target, "--target")
     if job.init_from is not None:
         check_model(str(job.init_from), "--init-from")
     check_output_folder(job.settings.out, "--out")
     check_files(job.data, "--data")
     for answers in job.answers:
-        # Others may be names of data sets.
+        # Other values may be names of data sets.
         check_files(
             [path for path in answers.prompts if path.suffix in (".json", ".jsonl", ".gz")], "--prompts"
         )

@@ -1,9 +1,9 @@
-"""Copy supervision: teach some heads of the draft to look back to where the text has been before.
+"""Copy supervision: teaches some heads of the draft to read the place where the same tokens occurred before.
 
-Answers repeat: themselves when they loop, the prompt when they quote it. The token to draft then stands in the
-context, behind the place where the last tokens stood before, and one attention layer can find it: the query knows
-the embedding of the newest token, a key knows the state of an earlier one and the embedding of what followed it.
-The loss names the keys to read, rather than waiting for small data to make this circuit appear.
+Answers often repeat themselves or quote the prompt. Then the token to draft already stands in the context: it
+followed an earlier occurrence of the newest tokens. One attention layer can find it, because the query contains the
+embedding of the newest token, and a key contains the state of an earlier token and the embedding of the token after
+it. This loss tells the heads which keys to read. With little data they would not learn it by themselves.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from vllm_eagle3.training.data import Batch
 
 
 def copy_keys(batch: Batch, layout: Layout) -> Tensor:
-    """Keys the chain at p should read to copy its first draft, bool [R, T].
+    """Keys that the chain at p should read to copy its first draft, bool [R, T].
 
-    Key t qualifies when tokens t - 1, t, t + 1 equal tokens p, p + 1, p + 2 and lie before them in the same
-    document: it was made where the present two tokens last stood, and reads the embedding of what followed.
+    Key t is one of them if tokens t - 1, t, t + 1 equal tokens p, p + 1, p + 2 and lie before them in the same
+    document: this key contains the embedding of the token that followed the newest two tokens before.
     """
     rows, document = layout.rows, layout.document
     total = len(batch.tokens)
@@ -33,10 +33,10 @@ def copy_keys(batch: Batch, layout: Layout) -> Tensor:
 
 
 def copy_loss(q: Tensor, k: Tensor, batch: Batch, layout: Layout, heads: int) -> Tensor:
-    """-log of the attention that the last `heads` heads give to their copy keys, mean over chains that have any.
+    """-log of the attention that the last `heads` heads give to the copy keys, averaged over the chains with such keys.
 
     q [R, H, d] and k [T, H, d] of simulated step 1, rotated, keys repeated for their query heads. Returns an fp32
-    scalar, 0 for a batch that repeats nothing.
+    scalar, 0 for a batch without repetitions.
     """
     keys = copy_keys(batch, layout)
     chains = keys.any(1).nonzero()[:, 0]

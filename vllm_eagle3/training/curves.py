@@ -1,4 +1,4 @@
-"""The curves of a run as one PNG."""
+"""Draws the curves of a run into one PNG."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def smooth(values: list[float], weight: float = 0.95) -> list[float]:
 
 
 def read_stages(folders: Sequence[Path], name: str) -> dict[str, list[float]]:
-    """The columns of one CSV file a stage, one after the other, with tokens counted from the first stage.
+    """The columns of the stages' CSV files, joined. Tokens are counted from the beginning of the first stage.
 
-    A column that a stage does not have is NaN there.
+    Where a stage lacks a column, its values are NaN.
     """
     parts, first = [], 0.0
     for folder in folders:

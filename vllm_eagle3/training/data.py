@@ -35,7 +35,7 @@ class Batch:
     lengths: Tensor
 
     def documents(self) -> Tensor:
-        """Number of every token's document, [T]."""
+        """Number of each token's document, [T]."""
         return torch.repeat_interleave(
             torch.arange(len(self.lengths), device=self.lengths.device), self.lengths
         )
@@ -45,9 +45,9 @@ class Batch:
 
 
 def parse_row(row: Any, where: str) -> Document:
-    """A Document of {"prompt_token_ids", "response_token_ids"} or {"token_ids", "loss_mask"}.
+    """The document of a row {"prompt_token_ids", "response_token_ids"} or {"token_ids", "loss_mask"}.
 
-    Raises ValueError that names the place, what was expected and what was found.
+    Raises ValueError, which names the place, what was expected and what was found.
     """
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected a JSON object, found {type(row).__name__}")
@@ -73,9 +73,9 @@ def parse_row(row: Any, where: str) -> Document:
 
 
 def load_documents(paths: Sequence[str | Path], vocab_size: int) -> list[Document]:
-    """All rows of `paths` with at least two answer tokens in a row (one is never drafted).
+    """All rows of `paths` with at least two answer tokens in succession (a single one is never drafted).
 
-    Raises ValueError when there is none, or when a token id does not fit the target's vocabulary.
+    Raises ValueError if there is no such row, or if a token id is outside the target's vocabulary.
     """
     documents = []
     for path in map(Path, paths):
@@ -96,13 +96,13 @@ def load_documents(paths: Sequence[str | Path], vocab_size: int) -> list[Documen
     return documents
 
 
-FEWEST_HELD_OUT = 8  # prompts; where there are few, a fifth of them
+FEWEST_HELD_OUT = 8  # prompts; if there are few prompts, a fifth of them
 
 
 def split(documents: Sequence[Document], share: float) -> tuple[list[Document], list[Document]]:
-    """(training, validation) by a hash of the prompt's id, so that a prompt stays on its side when data is added.
+    """(training, validation) by a hash of the prompt's id, so that added data does not move a prompt between the two.
 
-    Where `share` of the prompts would be next to nothing, the FEWEST_HELD_OUT with the lowest hashes are held out.
+    If `share` of the prompts is fewer than FEWEST_HELD_OUT, that many with the lowest hashes are held out.
     """
 
     def number(doc: Document) -> int:
@@ -116,7 +116,7 @@ def split(documents: Sequence[Document], share: float) -> tuple[list[Document], 
 
 
 def token_counts(documents: Sequence[Document], vocab_size: int) -> np.ndarray:
-    """How often each target id occurs under the loss mask, int64 [vocab]."""
+    """How often each target id occurs among the answer tokens, int64 [vocab]."""
     counts = np.zeros(vocab_size, dtype=np.int64)
     for doc in documents:
         np.add.at(counts, doc.tokens[doc.mask], 1)
@@ -130,10 +130,10 @@ LARGEST_VOCABULARY = 32768
 def vocabulary_by_coverage(counts: np.ndarray, held_out: Sequence[Document]) -> int:
     """The smallest size, a multiple of 256, whose most frequent tokens cover COVERAGE of greedy held-out answers.
 
-    It is at most LARGEST_VOCABULARY and the target's own.
+    It is at most LARGEST_VOCABULARY and at most the target's vocabulary.
 
-    counts [vocab]: of the training answers, which rank the tokens. Where nothing greedy is held out, of those
-    answers themselves, which flatters.
+    counts [vocab]: how often each token occurs in the training answers, which ranks the tokens. Without greedy
+    held-out answers the coverage is that of the training answers, which is too optimistic.
     """
     judged = token_counts([d for d in held_out if d.temperature == 0], len(counts))
     judged = judged if judged.any() else counts
@@ -143,7 +143,7 @@ def vocabulary_by_coverage(counts: np.ndarray, held_out: Sequence[Document]) -> 
 
 
 def draft_vocabulary(counts: np.ndarray, size: int) -> Tensor:
-    """Sorted target ids [size] of the `size` most frequent tokens (ties: the lower id)."""
+    """Sorted target ids [size] of the `size` most frequent tokens. Of equally frequent tokens the lower id wins."""
     if not 0 < size <= len(counts):
         raise ValueError(f"draft vocabulary: expected a size in 1..{len(counts)}, found {size}")
     return torch.from_numpy(np.sort(np.argsort(-counts, kind="stable")[:size]))
@@ -158,7 +158,7 @@ def make_batch(documents: Sequence[Document]) -> Batch:
 
 
 def uses(weights: Sequence[float], rng: np.random.Generator) -> np.ndarray:
-    """Indices of the documents of an epoch: each as often as its weight, a fraction being the chance of one more."""
+    """Indices of the documents of an epoch. A weight of 2.3 means two uses, and a third with probability 0.3."""
     chances = np.asarray(weights, dtype=np.float64)
     times = np.floor(chances) + (rng.random(len(chances)) < chances % 1)
     return np.repeat(np.arange(len(chances)), times.astype(np.int64))
@@ -167,11 +167,11 @@ def uses(weights: Sequence[float], rng: np.random.Generator) -> np.ndarray:
 def plan_batches(
     lengths: Sequence[int], tokens: int, seed: int, epoch: int, weights: Sequence[float] | None = None
 ) -> list[list[int]]:
-    """One epoch: document indices grouped so that each group, padded, has at most `tokens` tokens.
+    """One epoch: document indices in groups, each of which has at most `tokens` tokens including padding.
 
     weights: how often an epoch uses each document, on average (None: once).
-    Documents are shuffled, then sorted by length within windows of 32 batches so that little is padding.
-    A document longer than `tokens` makes a batch of its own: nothing is cut.
+    Documents are shuffled, then sorted by length within windows of 32 batches, so that there is little padding.
+    A document longer than `tokens` is a batch by itself; no document is cut.
     """
     rng = np.random.default_rng((seed, epoch))
     order = rng.permutation(len(lengths)) if weights is None else rng.permutation(uses(weights, rng))

@@ -1,4 +1,4 @@
-"""What a finished draft decodes: tokens per verification of the reference decoder on held-out prompts."""
+"""Measures a finished draft: tokens per verification of the reference decoder on held-out prompts."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from vllm_eagle3.training.data import Document
 from vllm_eagle3.training.features import Target
 
 logger = logging.getLogger(__name__)
-TREE = (6, 10, 60)  # depth, top-k, nodes: as served by default
+TREE = (6, 10, 60)  # depth, top-k, nodes: the engine's defaults
 MAX_TOKENS = 64
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """tau of one way to draft on `prompts` held-out prompts, `tokens` answer tokens in all."""
+    """tau of one kind of draft on `prompts` held-out prompts with `tokens` answer tokens in all."""
 
     draft: str
     temperature: float
@@ -33,7 +33,7 @@ class Decoding:
 def decode_held_out(
     model: DraftModel, target: Target, documents: Sequence[Document], prompts: int, chain_length: int
 ) -> list[Decoding]:
-    """Chains and trees at temperatures 0 and 1 on the prompts of the first `prompts` documents; nothing for 0."""
+    """Chains and trees at temperatures 0 and 1 on the prompts of the first `prompts` documents. None for 0 prompts."""
     draft = copy.deepcopy(model).to(target.embeddings.dtype).eval()
     texts = list(
         {d.id: d.tokens[: int(d.mask.argmax())].tolist() for d in documents if d.mask.argmax()}.values()

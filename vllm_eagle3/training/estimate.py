@@ -1,4 +1,4 @@
-"""What a run will take and bring, said before it starts."""
+"""Estimates the time, the disk space and the tau of a run before it starts."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import torch
 from vllm_eagle3.training.store import FeatureStore
 from vllm_eagle3.training.trainer import Trainer
 
-# Tokens per verification of a greedy chain of 5 on the five tasks against answer tokens trained on, of three heads of
-# SmolLM2-135M-Instruct (checkpoints/, training.json and its history). The last one changed its data mix too.
+# (answer tokens trained on, tokens per verification of a greedy chain of 5 on the five tasks) of three heads for
+# SmolLM2-135M-Instruct (training.json in checkpoints/, and its history). The data mix of the last one also changed.
 CURVE = ((5.75e6, 2.29), (8.74e6, 2.36), (9.25e6, 2.50))
 
 
 def tau_after(tokens: float) -> float:
-    """The published curve at `tokens` answer tokens: a line in their logarithm through its first two points."""
+    """The published curve at `tokens` answer tokens: linear in their logarithm through the first two points."""
     (x0, y0), (x1, y1) = CURVE[:2]
     return max(1.0, y0 + (y1 - y0) * math.log(tokens / x0) / math.log(x1 / x0))
 
 
 def seconds_a_batch(trainer: Trainer) -> float:
-    """Of one forward and backward, measured on the largest of the first batches; weights are left as they are."""
+    """Seconds of one forward and backward pass on the largest of the first batches. The weights do not change."""
     group = max(trainer.plan[:8], key=lambda g: sum(trainer.answers[i] for i in g))
     times = []
     for _ in range(2):  # the first one compiles and allocates
@@ -38,7 +38,7 @@ def seconds_a_batch(trainer: Trainer) -> float:
 
 
 def estimate(trainers: Sequence[Trainer], store: FeatureStore | None) -> list[str]:
-    """Sentences about the hours, the disk and the tau of a run in these stages."""
+    """Sentences about the time, the disk space and the tau of a run with these stages."""
     hours = sum(
         seconds_a_batch(t) * (t.max_steps - t.at.step) * t.settings.accumulate / 3600 for t in trainers
     )

@@ -1,4 +1,4 @@
-"""Drafts to and from disk: the flat SafeAILab/SpecForge form and the speculators form."""
+"""Writes drafts to disk, in the flat SafeAILab/SpecForge form or in the speculators form."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OPTIONS = ("norm_before_residual", "norm_output", "fc_norm")
 
 
 def body(config: PlainDraftConfig) -> dict[str, Any]:
-    """The decoder layer as a transformers config: Llama, or Qwen3 where q and k are normed per head."""
+    """The decoder layer as a transformers config: Qwen3 if q and k are normed per head, else Llama."""
     return {
         "model_type": "qwen3" if config.qk_norm else "llama",
         "architectures": ["Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"],
@@ -65,7 +65,7 @@ def speculators_config(
     architectures: list[str],
     num_speculative_tokens: int,
 ) -> dict[str, Any]:
-    """config.json of the speculators form; its aux ids name the *input* of a layer, as ours do."""
+    """config.json of the speculators form. Its aux ids name the *input* of a layer, as this project's do."""
     return {
         "architectures": ["Eagle3Speculator"],
         "speculators_model_type": "eagle3",
@@ -104,10 +104,11 @@ def export(
     verifier_architectures: tuple[str, ...] = ("LlamaForCausalLM",),
     num_speculative_tokens: int = 5,
 ) -> Path:
-    """Write config.json and model.safetensors (each in one atomic step); returns the directory.
+    """Write config.json and model.safetensors, each in one atomic step, and return the directory.
 
-    flat: layer prefix `midlayer.`, no embeddings (the target's are used). speculators: layer prefix
-    `layers.0.`, embeddings shipped. Raises ValueError for an option that the flat form cannot carry.
+    flat: the layer's prefix is `midlayer.`, and there are no embeddings (the target's are used). speculators: the
+    prefix is `layers.0.`, and the embeddings are included. Raises ValueError for an option that the flat form cannot
+    express.
     """
     if form not in FORMATS:
         raise ValueError(f"form must be one of {', '.join(FORMATS)}, found {form!r}")

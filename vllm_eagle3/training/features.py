@@ -1,4 +1,4 @@
-"""The target: its low, mid and high states and the last normed state, online in this process."""
+"""Runs the target in this process, for its low, mid and high states and its last normed state."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vllm_eagle3.training.data import Batch
 
 @dataclass(frozen=True)
 class Features:
-    """What training reads of the target for a packed batch of T tokens.
+    """The target's states that training reads, for a packed batch of T tokens.
 
     aux: the chosen states, each [T, ht]; last: the normed state the target's head reads, [T, ht].
     """
@@ -49,7 +49,7 @@ class TargetHead:
 
 
 def target_rope(config: Any) -> dict[str, Any]:
-    """`rope_parameters` of the target's layers with full attention: those that a draft's layer is like."""
+    """`rope_parameters` of the target's layers with full attention, which the draft's layer copies."""
     found = {k: getattr(config, k, None) for k in ("rope_parameters", "rope_theta", "rope_scaling")}
     found["partial_rotary_factor"] = getattr(config, "partial_rotary_factor", None)
     rope = found["rope_parameters"] or {}
@@ -59,10 +59,10 @@ def target_rope(config: Any) -> dict[str, Any]:
 
 
 def check_target(path: str | Path, aux_layers: tuple[int, ...] | None = None) -> Any:
-    """The text config of a target that a draft can be trained for, before any weight is read.
+    """Check from the config alone that a draft can be trained for this target, and return its text config.
 
-    Raises ValueError that names what in the target is not supported: several modalities, an encoder, a rope type,
-    layers that it has not.
+    Raises ValueError, which names what is not supported: several modalities, an encoder, a rope type, or aux layers
+    that the target does not have.
     """
     whole: Any = AutoConfig.from_pretrained(path)
     config = whole.get_text_config()
@@ -101,7 +101,7 @@ class Target:
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
     ) -> None:
-        """Raises ValueError for a target that training would get wrong; see `check_target` and `_check_head`."""
+        """Raises ValueError for a target that training does not support; see `check_target` and `_check_head`."""
         self.path = str(path)
         self.config: Any = check_target(path, aux_layers)
         n = self.config.num_hidden_layers
@@ -133,7 +133,7 @@ class Target:
 
     @torch.no_grad()
     def _check_head(self) -> None:
-        """Raises ValueError if the target's logits are not what `head` makes of its last state."""
+        """Raise ValueError if the target's logits differ from what `head` computes from its last state."""
         ids = torch.arange(min(8, len(self.embeddings)), device=self.device)[None]
         want = self.model(input_ids=ids, use_cache=False).logits[0].float()
         last = self.decoder(input_ids=ids, use_cache=False).last_hidden_state[0]
@@ -153,11 +153,11 @@ class Target:
 
     @torch.no_grad()
     def features(self, batch: Batch) -> Features:
-        """Features of a packed batch; documents do not see one another."""
+        """Features of a packed batch. Documents do not read one another."""
         width = int(batch.lengths.max())
         real = torch.arange(width, device=batch.lengths.device)[None] < batch.lengths[:, None]
         ids = torch.zeros_like(real, dtype=torch.int64)
         ids[real] = batch.tokens
-        # Padding is on the right, so causal attention alone keeps it away from real tokens.
+        # Padding is on the right, so that with causal attention no real token reads it.
         last = self.decoder(input_ids=ids.to(self.device), use_cache=False).last_hidden_state
         return Features([self._seen[k][real] for k in self.aux_layers], last[real])

@@ -1,4 +1,4 @@
-"""A fresh draft for a target: its shapes, its draft vocabulary and the weights it starts from."""
+"""Makes a new draft for a target: its shapes, its vocabulary and its first weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vllm_eagle3.training.settings import INITS
 
 
 def draft_config(target: Target, draft_vocab_size: int, options: dict[str, Any]) -> PlainDraftConfig:
-    """Shapes and style (Llama, or Qwen3 with norms on q and k) of the target's own decoder layers.
+    """A draft with the shapes and the style of the target's decoder layers (Llama, or Qwen3 with norms on q and k).
 
     `options` are further fields of PlainDraftConfig.
     """
@@ -41,20 +41,20 @@ def draft_config(target: Target, draft_vocab_size: int, options: dict[str, Any])
     )
 
 
-START_RMS = 8.0  # of g, where fc_norm sets its scale
+START_RMS = 8.0  # first rms of g if fc_norm decides its scale
 
 
 @torch.no_grad()
 def new_draft(
     target: Target, vocabulary: Tensor, options: dict[str, Any], init: str, seed: int, sample: Batch
 ) -> DraftModel:
-    """A draft with the target's embeddings, and its rows of the head and its last norm.
+    """A draft with the target's embeddings, its last norm, and the rows of its head that the vocabulary selects.
 
-    vocabulary: sorted target ids [draft_vocab]. sample: some training documents, from which the scales of the
-    target's states are measured: those of some channels are a thousand times those of others, and Adam steps
-    alike on all, so norms before a projection start as the inverse of each channel's rms.
-    init "random": the layer starts as normal(0, 0.02); "target": as the target's last layer, reading the
-    last aux state. Raises ValueError where that layer has other shapes.
+    vocabulary: sorted target ids [draft_vocab]. sample: some training documents, on which the scale of each channel
+    of the target's states is measured. Some channels are a thousand times larger than others, but Adam takes steps of
+    the same size for all. Therefore the norms before a projection start with the inverse of each channel's rms.
+    init "random": the layer starts as normal(0, 0.02); "target": it starts as a copy of the target's last layer that
+    reads the last aux state. Raises ValueError if that layer has other shapes.
     """
     if init not in INITS:
         raise ValueError(f"init must be one of {', '.join(INITS)}, found {init!r}")
@@ -84,10 +84,11 @@ def new_draft(
 
 @torch.no_grad()
 def warm_start(path: str | Path, target: Target, counts: np.ndarray, size: int | None) -> DraftModel:
-    """The draft in directory `path`, with the most frequent tokens it lacks added up to `size` (None: as it is).
+    """The draft in the directory `path`, with more tokens up to a vocabulary of `size` (None: unchanged).
 
-    Rows of the head that it has are kept; new ones start as the target's. counts [vocab]: how often each target id
-    occurs in the training answers. Raises ValueError for a draft of another target or a smaller `size`.
+    The most frequent tokens that it lacks are added, with the target's rows of the head; its own rows are kept.
+    counts [vocab]: how often each target id occurs in the training answers. Raises ValueError for a draft of another
+    target, or if `size` is smaller than the draft's vocabulary.
     """
     old = load_draft(path, embeddings=target.embeddings.float().cpu())
     c = old.config
@@ -115,24 +116,24 @@ def warm_start(path: str | Path, target: Target, counts: np.ndarray, size: int |
 
 
 def channel_rms(x: Tensor) -> Tensor:
-    """Root mean square of each channel of x [n, d] after every row was divided by its own."""
+    """Root mean square of each channel of x [n, d], after each row was divided by its own root mean square."""
     x = x.float()
     x = x / x.pow(2).mean(-1, keepdim=True).sqrt().clamp(min=1e-6)
     return x.pow(2).mean(0).sqrt().clamp(min=1e-3)
 
 
 def norm_gain(norm: Any, like: Tensor) -> Tensor:
-    """What a norm of the target multiplies each channel by, [h]: its weight, or 1 + weight in Gemma's form."""
+    """The factor of each channel in a norm of the target, [h]: its weight, or 1 + weight as in Gemma."""
     ones = torch.ones_like(norm.weight)
     flipped = ones.clone()
-    flipped[1::2] = -1  # a mean of 0, so that a LayerNorm leaves it as it is too
+    flipped[1::2] = -1  # mean 0, so that a LayerNorm does not change it either
     return (norm(flipped[None])[0] / flipped).to(like)
 
 
 def start_from_last_layer(model: DraftModel, target: Target, features: Features) -> None:
-    """Copy the target's last layer into the half that reads g; fc starts by passing the last aux state on.
+    """Copy the target's last layer into the half of the draft that reads g. fc starts as the last aux state alone.
 
-    With fc_norm or input_norm, g starts with rms START_RMS, and what the layer adds to it is scaled likewise.
+    With fc_norm or input_norm, g starts with rms START_RMS, and the layer's outputs are scaled to match.
     """
     h = model.config.hidden_size
     source, layer = target.decoder.layers[-1], model.draft_layer
@@ -159,7 +160,7 @@ def start_from_last_layer(model: DraftModel, target: Target, features: Features)
             )
         mine.zero_()
         half.copy_(start * scales.get(name, 1.0))
-    # Gemma's post_attention_layernorm norms what attention adds; the norm of the MLP's input has another name there.
+    # In Gemma, post_attention_layernorm norms the output of attention, and the norm before the MLP has another name.
     before_mlp = getattr(source, "pre_feedforward_layernorm", None) or source.post_attention_layernorm
     layer.hidden_norm.weight.copy_(norm_gain(source.input_layernorm, layer.hidden_norm.weight))
     layer.post_attention_layernorm.weight.copy_(norm_gain(before_mlp, layer.post_attention_layernorm.weight))

@@ -1,4 +1,4 @@
-"""One training run from files to a finished checkpoint: what `vllm-eagle3 train` does."""
+"""One training run, from files to a finished checkpoint, as `vllm-eagle3 train` starts it."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from vllm_eagle3.training.trainer import TrainData, Trainer
 from vllm_eagle3.training.validation import ValidationSet, choose
 
 logger = logging.getLogger(__name__)
-SAMPLE_DOCUMENTS = 40  # from which the scales of the target's states are measured
+SAMPLE_DOCUMENTS = 40  # to measure the scales of the target's states
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What all stages of a run share: the target, the documents and what is kept of them."""
+    """What all stages of a run share: the target, the documents and their stored features."""
 
     ranks: Ranks
     target: Target
@@ -46,10 +46,7 @@ class Prepared:
 
 
 def prepare(job: TrainJob) -> Prepared:
-    """Check the target, have prompts answered, read and split the data.
-
-    Raises what `train_draft` does.
-    """
+    """Check the target, let it answer the prompts, then read and split the data. Raises as `train_draft`."""
     ranks = Ranks.join(job.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     check_target(job.target, job.aux_layers)
     for answers in job.answers:
@@ -71,7 +68,7 @@ def prepare(job: TrainJob) -> Prepared:
 
 
 def open_store(job: TrainJob, target: Target, train: list[Document], ranks: Ranks) -> FeatureStore:
-    """The feature store, made by the first rank of each host before the others open it."""
+    """The feature store. The first rank of each host makes it before the others open it."""
     assert job.features_dir is not None
     path = job.features_dir
 
@@ -87,7 +84,7 @@ def stages_of(job: TrainJob) -> tuple[Stage, ...]:
 
 
 def first_model(job: TrainJob, ready: Prepared) -> DraftModel:
-    """A new draft, or the one to start from; with the vocabulary that the job asks for."""
+    """A new draft, or the one to start from, with the vocabulary that the job asks for."""
     target = ready.target
     counts = token_counts(ready.train, len(target.embeddings))
     size = job.draft_vocab_size
@@ -107,7 +104,7 @@ def describe(job: TrainJob, ready: Prepared, model: DraftModel) -> Corpus:
 
 
 def weights_of(stage: Stage, documents: Sequence[Document]) -> list[float] | None:
-    """How often an epoch of `stage` uses each document; None: each once."""
+    """How often an epoch of `stage` uses each document. None: each document once."""
     if not stage.mix:
         return None
     return [next((m.weight for m in stage.mix if m.takes(d.source, d.temperature)), 0.0) for d in documents]
@@ -119,7 +116,7 @@ def stage_trainer(job: TrainJob, ready: Prepared, stage: Stage, model: DraftMode
 
 
 def build(job: TrainJob) -> tuple[Trainer, Corpus]:
-    """The trainer of a job in one stage, and what it is trained on."""
+    """The trainer of a job with one stage, and the corpus that it trains on."""
     ready = prepare(job)
     model = first_model(job, ready)
     corpus = describe(job, ready, model)
@@ -129,16 +126,16 @@ def build(job: TrainJob) -> tuple[Trainer, Corpus]:
 def publish(
     job: TrainJob, trainer: Trainer, corpus: Corpus, name: str, decoded: Sequence[Decoding] = ()
 ) -> None:
-    """Export the draft as it is to out/<name>, with its model card."""
+    """Export the draft in its present state to out/<name>, with its model card."""
     path = export(trainer.model, job.out / name)
     write_card(path, job, trainer, corpus, decoded)
 
 
 def train_draft(job: TrainJob) -> Path:
-    """Run `job` to its end, from where it stood when it was stopped; returns the directory of the last head.
+    """Run `job` to its end and return the directory of the last head. A run that was stopped is resumed.
 
     Raises FileNotFoundError, ValueError, OSError, RuntimeError or FloatingPointError; the last good checkpoint is
-    then intact.
+    intact in each case.
     """
     ready = prepare(job)
     model = first_model(job, ready)
@@ -171,7 +168,7 @@ def train_draft(job: TrainJob) -> Path:
 
 
 def publish_result(job: TrainJob, trainers: list[Trainer], ready: Prepared, corpus: Corpus) -> None:
-    """The last head with its card, what it decodes and the curves of all stages."""
+    """Export the last head with its card, the tau of its decoding and the curves of all stages."""
     last = trainers[-1]
     decoded = decode_held_out(
         last.model, ready.target, ready.held_out, job.decode_prompts, last.settings.chain

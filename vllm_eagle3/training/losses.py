@@ -1,10 +1,10 @@
 """Losses of the draft against the target's distribution.
 
-They are fused with the head, so that no logits [rows, vocab] are kept.
+They are fused with the head, so that the logits [rows, vocab] are never kept.
 
-Soft cross-entropy -sum q log p is the paper's; forward KL differs from it by the target's entropy (same
-gradient). tv = 1 - sum min(p, q) is the rejection probability of one token, lk = -log sum min(p, q) its
-likelihood form.
+The paper uses soft cross-entropy, -sum q log p. Forward KL is the same minus the target's entropy, so its gradient is
+the same. tv = 1 - sum min(p, q) is the probability that one token is refused, and lk = -log sum min(p, q) is the
+negative logarithm of the probability that it is accepted.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch import Tensor
 from vllm_eagle3.training.settings import KINDS
 
 logger = logging.getLogger(__name__)
-# Rows whose logits and logit gradients exist at a time: few enough for a CPU's cache to help, enough for a GPU to
-# be busy.
+# Rows whose logits and gradients are in memory at the same time: few enough for a CPU's cache, and enough to keep a
+# GPU busy.
 CHUNK = {"cpu": 512, "cuda": 4096}
 RowLoss = Callable[[Tensor, Tensor, Tensor, Tensor, str], tuple[Tensor, Tensor]]
 
@@ -50,7 +50,7 @@ def loss_and_grad(logits: Tensor, q: Tensor, kind: str) -> tuple[Tensor, Tensor]
 
 
 def row_loss(logits: Tensor, table: Tensor, index: Tensor, scale: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """Losses [n] in fp32 of logits [n, v] against table[index], and scale times their gradient.
+    """Losses [n] in fp32 of logits [n, v] against table[index], and their gradient times scale.
 
     The gradient has the dtype of the logits.
     """
@@ -60,9 +60,9 @@ def row_loss(logits: Tensor, table: Tensor, index: Tensor, scale: Tensor, kind: 
 
 @functools.cache
 def compiled_row_loss(kind: str, dtype: torch.dtype, device: str) -> RowLoss:
-    """`row_loss` as one compiled function: one pass over the logits rather than a dozen.
+    """`row_loss` as one compiled function, which reads the logits once instead of a dozen times.
 
-    Where nothing can be compiled (no C++ compiler on a CPU) it is `row_loss` itself, with a warning.
+    If nothing can be compiled (on a CPU without a C++ compiler) it is `row_loss` itself, with a warning.
     """
     compiled: RowLoss = torch.compile(row_loss, dynamic=True)
     sample = torch.zeros(2, 8, dtype=dtype, device=device)
@@ -77,13 +77,13 @@ def compiled_row_loss(kind: str, dtype: torch.dtype, device: str) -> RowLoss:
 
 
 class FusedHeadLoss(torch.autograd.Function):
-    """Weighted sum of row losses of logits = x @ weight.T, made chunk by chunk with its gradients."""
+    """Weighted sum of the row losses of logits = x @ weight.T, computed in chunks together with its gradients."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, table: Tensor, index: Tensor, scale: Tensor, kind: str
     ) -> tuple[Tensor, Tensor]:
-        """Compute the losses and keep what their gradient needs.
+        """Compute the losses, and keep the gradients for the backward pass.
 
         x [n, h]; weight [v, h]; table [m, v] target probabilities; index [n] into it; scale [n] row weights.
 
@@ -112,7 +112,7 @@ class FusedHeadLoss(torch.autograd.Function):
 def eager_head_loss(
     x: Tensor, weight: Tensor, table: Tensor, index: Tensor, scale: Tensor, kind: str
 ) -> Tensor:
-    """The same scalar in plain autograd operations: the twin the fused form is tested and timed against."""
+    """The same scalar in plain autograd operations. Tests and benchmarks compare the fused form with it."""
     log_p = torch.log_softmax((x @ weight.T).float(), dim=-1)
     q = table[index].float()
     if kind == "soft_ce":

@@ -1,4 +1,4 @@
-"""What training writes down as it goes: train.csv, validation.csv, TensorBoard events."""
+"""Writes the figures of a running training to train.csv, validation.csv and TensorBoard events."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch.utils.tensorboard import SummaryWriter
 class Validation:
     """Greedy acceptance on held-out text.
 
-    alpha [steps]: share of all places at which step j of a chain drafts the text's token; n_alpha [steps]: the same
-    among chains that decoding would start and whose earlier steps were all right; groups: tokens per verification
-    of each group of sources, the token of the target included; tau: their mean.
+    alpha [steps]: share of all places at which step j of a chain drafts the text's token. n_alpha [steps]: the same
+    share among the chains that decoding would start and whose earlier steps were all right. groups: tokens per
+    verification of each group of sources, with the token of the target; tau: the mean over the groups.
     """
 
     alpha: list[float]
@@ -26,7 +26,7 @@ class Validation:
 
 
 class Record:
-    """Appends rows to CSV files in `out`; after a resume, rows beyond the resumed step are dropped."""
+    """Appends rows to CSV files in `out`. After a resume, rows of later steps are removed."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
@@ -34,7 +34,7 @@ class Record:
         self.board = SummaryWriter(str(out / "tensorboard"))
 
     def rewind(self, step: int) -> None:
-        """Forget rows written after `step`."""
+        """Remove the rows that were written after `step`."""
         for name in ("train.csv", "validation.csv"):
             path = self.out / name
             if path.is_file():

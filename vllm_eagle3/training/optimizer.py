@@ -14,10 +14,10 @@ from vllm_eagle3.training.settings import OPTIMIZERS
 def make_optimizers(
     model: nn.Module, kind: str, lr: float, muon_lr: float, weight_decay: float
 ) -> list[torch.optim.Optimizer]:
-    """Optimisers that together step every trainable parameter; each group of them keeps its rate as "base_lr".
+    """The optimisers of all trainable parameters. Each parameter group keeps its learning rate as "base_lr".
 
     "adamw": AdamW (0.9, 0.95) for all, as in the paper. "muon": Muon for the matrices of the layer and fc, with
-    steps as large as AdamW's at the same lr (arXiv 2502.16982); AdamW for the head and the norms.
+    steps as large as AdamW's at the same learning rate (arXiv 2502.16982), and AdamW for the head and the norms.
 
     Raises ValueError for another kind.
     """
@@ -40,7 +40,7 @@ def make_optimizers(
 
 
 class WeightAverage:
-    """Exponential moving average of `parameters`; with decay 0 it is the parameters themselves, at no cost.
+    """Exponential moving average of `parameters`. With decay 0 it is the parameters themselves and costs nothing.
 
     Raises ValueError for a decay outside 0 <= decay < 1.
     """
@@ -53,14 +53,14 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the parameters as they are after `step` steps; early on the average is over fewer of them."""
+        """Add the parameters after `step` steps to the average. In early steps the average covers fewer of them."""
         if self.decay:
             keep = min(self.decay, step / (step + 10))
             torch._foreach_lerp_(self.average, self.parameters, 1 - keep)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside, the parameters hold the average."""
+        """A context in which the parameters hold the average."""
         self._swap()
         try:
             yield

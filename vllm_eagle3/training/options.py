@@ -1,4 +1,4 @@
-"""Settings described once: a dataclass field carries its help, and the command line and recipes are made of it."""
+"""Options that are described once, in a dataclass field. The command line and recipes are made from these fields."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 
 
 def option(default: Any, text: str, **more: Any) -> Any:
-    """A dataclass field with an option.
+    """A dataclass field that is an option. `text` is its help.
 
-    `text` is its help; more: flag (its name, if not the field's), choices, metavar.
+    `more` may hold `flag` (the option's name if it is not the field's), `choices` and `metavar`.
     """
     return dataclasses.field(default=default, metadata={"help": text, **more})
 
@@ -40,7 +40,7 @@ def numbers(text: str) -> tuple[int, ...]:
 
 
 def add_options(parser: argparse._ActionsContainer, cls: type[Any]) -> None:
-    """One argument for every option of `cls`; what is not given is not in the parsed namespace."""
+    """Add one argument for each option of `cls`. Options that are not given are not in the parsed namespace."""
     for field, hint in option_fields(cls):
         text, default = field.metadata["help"], field.default
         more: dict[str, Any] = {k: field.metadata[k] for k in ("choices", "metavar") if k in field.metadata}
@@ -64,15 +64,15 @@ def add_options(parser: argparse._ActionsContainer, cls: type[Any]) -> None:
 
 
 def options_of(*classes: type[Any]) -> set[str]:
-    """Names of the options of `classes`, as recipes write them."""
+    """Names of the options of `classes`, in the form that recipes use."""
     return {flag_of(field) for cls in classes for field, _ in option_fields(cls)}
 
 
 def from_table(cls: type[Any], table: Mapping[str, Any], where: str, **more: Any) -> Any:
-    """`cls` with the options named in `table`, of a recipe or the command line, and `more` for its other fields.
+    """An instance of `cls` with the options in `table` (of a recipe or the command line), and `more` for other fields.
 
-    Keys of `table` that are no options of `cls` are left to others. Raises ValueError, with `where`, for a value of
-    another type or none of the choices.
+    Keys of `table` that are not options of `cls` are ignored. Raises ValueError, which begins with `where`, for a
+    value of another type or one that is not among the choices.
     """
     given: dict[str, Any] = {}
     for field, hint in option_fields(cls):

@@ -1,4 +1,4 @@
-"""The processes of a run that torchrun started: who is who, and how a failure of one ends all of them."""
+"""The processes of a run that torchrun started: their numbers, and how a failure in one of them ends all."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
-# Answering prompts or filling a disk takes as long as it takes: no rank gives up on the others by the clock.
+# Answering prompts or computing features may take hours, so no rank stops waiting for the others after some time.
 PATIENCE = timedelta(days=30)
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among `world`: its number, its number on this host and its device.
+    """This process among `world` processes: its number, its number on this host and its device.
 
-    control: a gloo group without a time limit, for everything but gradients; None for a single process.
+    control: a gloo group without a time limit, for everything except gradients; None for a single process.
     """
 
     rank: int = 0
@@ -46,9 +46,9 @@ class Ranks:
         return Ranks(dist.get_rank(), world, local, device, control)
 
     def together(self, action: Callable[[], T] | None) -> T | None:
-        """Run `action` (None: nothing to do on this rank) and wait until every rank is done.
+        """Run `action` (None if this rank has nothing to do) and wait until every rank is done.
 
-        Where it fails on one rank, that rank raises its own error and all others RuntimeError with its message.
+        If it fails on one rank, that rank raises its own error, and all others raise RuntimeError with its message.
         """
         result, error = None, None
         try:
@@ -68,7 +68,7 @@ class Ranks:
         return result
 
     def sum(self, values: Tensor) -> Tensor:
-        """`values`, on the CPU, summed over the ranks."""
+        """The sum of `values` over the ranks, on the CPU."""
         if self.world > 1:
             dist.all_reduce(values, group=self.control)
         return values

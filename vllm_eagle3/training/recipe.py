@@ -30,7 +30,7 @@ Table = Mapping[str, Any]
 
 
 def find(name: str) -> Path:
-    """The file of a recipe: a path, or the name of one in `recipes/`. Raises FileNotFoundError, listing those."""
+    """The file of a recipe: a path, or a name in `recipes/`. Raises FileNotFoundError, which lists those names."""
     for path in (Path(name), FOLDER / f"{name}.toml"):
         if path.is_file():
             return path
@@ -39,7 +39,7 @@ def find(name: str) -> Path:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The tables of a recipe. Raises ValueError, with the file, for bad TOML or an unknown key."""
+    """The tables of a recipe. Raises ValueError, which names the file, for bad TOML or an unknown key."""
     try:
         found = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
@@ -70,10 +70,10 @@ def settings_of(table: Table, out: Path, where: str) -> TrainSettings:
 def job_of(
     recipe: Path | None, given: Table, out: Path, folder: Path, answers: tuple[Answers, ...] = ()
 ) -> TrainJob:
-    """The job of a recipe (None: of the options alone).
+    """The job of a recipe, or of the command line's options alone if there is no recipe.
 
-    given: options of the command line, which come before the recipe's, in every stage; out: directory of the run;
-    folder: where the recipe's files lie; answers: prompts named on the command line.
+    given: options of the command line, which replace the recipe's in every stage; out: directory of the run;
+    folder: directory of the recipe's files; answers: prompts named on the command line.
     """
     found = read(recipe) if recipe else {}
     where = str(recipe or "options")
@@ -117,7 +117,9 @@ def mix_of(table: Table, where: str) -> Mix:
 
 
 def answers_of(table: Table, out: Path, folder: Path, where: str) -> Answers:
-    """Keys beside `name` and `prompts` become arguments of the generator; lists are joined by commas."""
+    """The table [[answers]]. Keys other than `name` and `prompts` become arguments of the generator.
+
+    Lists are joined by commas."""
     if "prompts" not in table:
         raise ValueError(f"{where}: [[answers]]: expected the key prompts, found {', '.join(table)}")
     arguments: list[str] = []

@@ -1,4 +1,4 @@
-"""What can be asked of a training run: its options, each described once. Nothing heavy is imported here."""
+"""The options of a training run, each described once. Nothing heavy is imported here."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ INITS = ("target", "random")
 
 @dataclass(frozen=True)
 class LossOptions:
-    """What is simulated and how it is scored."""
+    """How many steps are simulated, and how the loss scores them."""
 
     steps: int = option(7, "simulated steps", flag="ttt_steps")
     decay: float = option(0.8, "step j weighs decay^(j-1)", flag="step_decay")
     kind: str = option("soft_ce", "loss of a drafted token", flag="loss", choices=KINDS)
     chain_share: float = option(
-        1.0, "share of the chains simulated beyond step 1, drawn anew for each batch and rescaled"
+        1.0,
+        "share of the chains that are simulated beyond step 1; drawn for each batch, and the loss is rescaled",
     )
     feature_loss: float = option(
         0.0,
@@ -49,10 +50,10 @@ class TrainSettings:
     tokens: int | None = option(None, "answer tokens to train on, where --max-steps is not given")
     epochs: float = option(2.0, "passes over the data, where neither of the two is given")
     optimizer: str = option("adamw", "muon: for the matrices of the layer and fc", choices=OPTIMIZERS)
-    lr: float = option(5e-5, "learning rate; small targets bear 20 times the default")
+    lr: float = option(5e-5, "learning rate; for small targets up to 20 times the default")
     muon_lr: float | None = option(None, "learning rate of Muon (default: --lr)")
     warmup_share: float = option(0.02, "share of the steps with a rising learning rate")
-    decay_share: float = option(0.98, "share of the steps with a falling one, linear, at the end")
+    decay_share: float = option(0.98, "share of the steps, at the end, with a linearly falling learning rate")
     weight_decay: float = option(0.0, "of the optimisers")
     ema: float = option(
         0.0,
@@ -60,17 +61,20 @@ class TrainSettings:
         metavar="DECAY",
     )
     blend: float = option(
-        1.0, "share of this run's weights in its result; the rest is that of the weights it started from"
+        1.0,
+        "share of this run's weights in the result; the rest is the share of the weights that it started from",
     )
     clip: float = option(0.5, "largest gradient norm")
-    batch_tokens: int = option(4096, "a batch, padded; longer documents go alone")
+    batch_tokens: int = option(4096, "of a batch, with padding; a longer document is a batch by itself")
     accumulate: int = option(1, "batches a step")
-    seed: int = option(0, "of the order of the data and of new weights")
+    seed: int = option(0, "for the order of the data and for new weights")
     fp32: bool = option(False, "no bf16 autocast")
     save_every: int = option(100, "steps")
     eval_every: int = option(100, "steps")
-    chain: int = option(5, "drafted tokens of the chains that are validated and decoded")
-    patience: int = option(0, "stop after this many validations without a better tau (default: 0, never)")
+    chain: int = option(5, "drafted tokens per chain in validation and decoding")
+    patience: int = option(
+        0, "stop after this many validations in succession without a better tau (default: 0, never)"
+    )
     keep: int = 2
 
     def __post_init__(self) -> None:
@@ -87,7 +91,7 @@ class TrainSettings:
             raise ValueError(f"blend: expected 0 < share <= 1, found {self.blend}")
 
     def rate_at(self, step: int, total: int) -> float:
-        """Factor on the learning rates: linear warm-up, constant, then linear decay to a twentieth.
+        """Factor on the learning rates: linear warm-up, then constant, then linear decay to a twentieth.
 
         The decay takes the last decay_share of `total` steps.
         """
@@ -111,7 +115,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class Mix:
-    """How often an epoch uses documents: of `sources` (none: of any) and, unless it is None, at `temperature`."""
+    """How often an epoch uses documents of `sources` (empty: all) whose temperature is `temperature` (None: any)."""
 
     weight: float
     sources: tuple[str, ...] = ()
@@ -127,10 +131,10 @@ class Mix:
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a run with settings of its own.
+    """A part of a run with its own settings.
 
-    mix: the first entry that takes a document gives its weight, and a document that no entry takes is not used. An
-    empty mix uses each document once.
+    mix: the first entry that fits a document gives its weight. A document that fits no entry is not used. An empty
+    mix uses each document once.
     """
 
     name: str
@@ -140,7 +144,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class TrainJob:
-    """What to train, on what and where to. `settings` are those of a run in one stage."""
+    """What is trained, on which data, and where the results go. `settings` are for a run with one stage."""
 
     target: str = option(None, "directory or name of the target model")
     settings: TrainSettings = field(kw_only=True)
@@ -150,8 +154,8 @@ class TrainJob:
     aux_layers: tuple[int, ...] | None = option(None, "states after k layers (default: 2, n // 2, n - 3)")
     draft_vocab_size: int | None = option(
         None,
-        "most frequent answer tokens (default: as few as cover 98 %% of the held-out greedy answers, at most 32768; "
-        "with --init-from as it has)",
+        "number of most frequent answer tokens (default: as few as cover 98 %% of the held-out greedy answers, at most "
+        "32768; with --init-from, the vocabulary of that draft)",
     )
     init: str = option("target", "start of the layer", choices=INITS)
     init_from: Path | None = option(
@@ -163,9 +167,9 @@ class TrainJob:
     validation_share: float = option(0.025, "share of the prompts held out, by hash")
     validation_limit: int = option(128, "documents validated on")
     validation_groups: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """Names of tasks with the sources that stand for them: tau is the mean over these. Empty: one group of all."""
+    """Names of tasks, each with its sources: tau is the mean over the tasks. Empty: one group of all sources."""
     limit: int | None = option(None, "train on this many documents only")
-    prompt_loss: bool = option(False, "learn from the prompts too, where answers are few")
+    prompt_loss: bool = option(False, "learn from the prompts too, useful if there are few answers")
     features_dir: Path | None = option(None, "keep the target's states on disk; the first epoch fills it")
     dtype: str = option("bfloat16", "of the target", choices=("bfloat16", "float16", "float32"))
     device: str | None = option(None, "default: cuda where there is one", choices=("cpu", "cuda"))
@@ -173,13 +177,13 @@ class TrainJob:
     speculators: bool = option(False, "export in the speculators form too")
     licence: str = option("other", "of the draft, for the model card")
     source_licences: dict[str, str] = field(default_factory=dict)
-    """Of each source in the data, for the model card; empty: none are stated."""
+    """The licence of each source, for the model card. Empty: the card states none."""
     recipe: dict[str, str] = field(default_factory=dict)
-    """Name and SHA-256 of the recipe, for the model card; empty: there is none."""
+    """Name and SHA-256 of the recipe, for the model card. Empty: there is no recipe."""
 
     @property
     def name(self) -> str:
-        """What the model card calls the target."""
+        """The target's name in the model card."""
         return Path(self.target).name
 
     @property
@@ -188,7 +192,7 @@ class TrainJob:
 
     @property
     def draft_options(self) -> dict[str, bool]:
-        """Switches of PlainDraftConfig that are on."""
+        """The switches of PlainDraftConfig that are on."""
         return {
             name: True for name in ("fc_norm", "norm_output", "norm_before_residual") if getattr(self, name)
         }

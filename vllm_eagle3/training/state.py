@@ -1,4 +1,4 @@
-"""Training states on disk: written whole or not at all, and read back bit for bit."""
+"""Training states on disk. Each is written in one atomic step, and is exact to the bit when it is read back."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def save_state(trainer: Trainer) -> Path:
 
 
 def load_newest(trainer: Trainer) -> bool:
-    """Put the newest state on disk into `trainer`; False when there is none.
+    """Load the newest state on disk into `trainer`. Returns False if there is none.
 
     Raises ValueError for a state of another draft or other data.
     """

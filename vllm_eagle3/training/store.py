@@ -1,4 +1,6 @@
-"""Features of the target on disk: safetensors shards, allocated once, memory-mapped, filled as they are computed."""
+"""Features of the target on disk, in safetensors shards.
+
+The shards are allocated at the start, memory-mapped, and filled as the features are computed."""
 
 from __future__ import annotations
 
@@ -26,16 +28,16 @@ class FeatureStore:
 
     A shard holds "features" [tokens, (n_aux + 1) * ht]: aux states, then last.
 
-    `features(batch, documents)` reads what is there and computes, and keeps, what is not: the first epoch
-    fills the store, later ones read it. A store serves one target, layer choice and data. Several processes of a
-    host may share it once one of them has made it: a document's mark is set after its rows, and where two compute
-    the same document either's rows will do.
+    `features(batch, documents)` reads the features that are stored, and computes and stores the others: the first
+    epoch fills the store, and later epochs read it. A store belongs to one target, one choice of layers and one set
+    of documents. Several processes of a host may share it after one of them has made it: a document is marked as done
+    after its rows are written, and if two processes compute the same document, the rows of either are valid.
     """
 
     def __init__(
         self, path: str | Path, target: Target, documents: Sequence[Document], shard_tokens: int = 1 << 18
     ):
-        """Raises ValueError for a store of other data or settings, OSError when the disk has too little room."""
+        """Raises ValueError for a store of other data or settings, and OSError if the disk has too little room."""
         self.path, self.target = Path(path), target
         self.dtype = target.head.weight.dtype
         self.parts = len(target.aux_layers) + 1
@@ -59,7 +61,7 @@ class FeatureStore:
 
     @staticmethod
     def _assign(lengths: Sequence[int], shard_tokens: int) -> tuple[list[int], list[tuple[int, int]]]:
-        """Shard sizes in tokens, and (shard, first row) of every document."""
+        """Shard sizes in tokens, and (shard, first row) of each document."""
         shards, where = [0], []
         for n in lengths:
             if shards[-1] and shards[-1] + n > shard_tokens:
@@ -83,7 +85,7 @@ class FeatureStore:
         return struct.pack("<Q", len(text)) + text
 
     def _open(self, meta: dict[str, Any]) -> None:
-        """Check an existing store against `meta`, or announce the size of a new one and allocate it."""
+        """Check an existing store against `meta`, or log the size of a new one and allocate it."""
         index = self.path / "index.json"
         if index.is_file():
             found = json.loads(index.read_text())
@@ -120,7 +122,7 @@ class FeatureStore:
         return self.maps[shard][first : first + self.lengths[document]]
 
     def features(self, batch: Batch, documents: Sequence[int]) -> Features:
-        """Features of a packed batch made of `documents` (indices into the store's list), in their order."""
+        """Features of a packed batch of `documents` (indices into the store's list), in that order."""
         if all(self.done[i] for i in documents):
             bits = torch.from_numpy(np.concatenate([self._rows(i) for i in documents]))
             *aux, last = bits.view(self.dtype).to(self.target.device).split(self.hidden, dim=1)

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Position:
-    """Where training stands: everything a resume needs besides weights, optimiser and RNG."""
+    """The progress of training: everything that a resume needs besides weights, optimisers and random states."""
 
     step: int = 0
     tokens: int = 0
@@ -42,9 +42,9 @@ class Position:
 
 @dataclass(frozen=True)
 class TrainData:
-    """What a trainer reads: documents, their features on disk if they are kept, and what it validates on.
+    """The data of a trainer: documents, their features on disk if they are stored, and the validation set.
 
-    weights: uses of each document an epoch (None: 1 each).
+    weights: uses of each document per epoch (None: one each).
     """
 
     documents: Sequence[Document]
@@ -54,10 +54,9 @@ class TrainData:
 
 
 class Trainer:
-    """Trains `model` on `data`. State on disk: out/state/step-N.pt, written whole or not at all.
+    """Trains `model` on `data`. Its states on disk are out/state/step-N.pt.
 
-    `on_save` and `on_best` are called by rank 0 after a state was written and after validation found a
-    better tau.
+    Rank 0 calls `on_save` after each state that it writes, and `on_best` after each validation with a better tau.
     """
 
     def __init__(
@@ -108,14 +107,14 @@ class Trainer:
 
     @property
     def answer_tokens(self) -> int:
-        """Of this epoch's plan."""
+        """Number of answer tokens in this epoch's plan."""
         return sum(self.answers[i] for group in self.plan for i in group)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.target.device.type, dtype=torch.bfloat16, enabled=not self.settings.fp32)
 
     def train(self) -> None:
-        """Train from the newest state on disk to max_steps, or until `patience` validations brought nothing."""
+        """Train from the newest state on disk to max_steps, or until `patience` validations gave no better tau."""
         s = self.settings
         self.resume()
         bar = tqdm(
@@ -153,8 +152,8 @@ class Trainer:
     def batch_loss(self, group: Sequence[int], draw: int) -> tuple[Tensor, Tensor]:
         """`ttt_loss` of the documents `group`.
 
-        `draw` numbers the batch, and so decides which chains are drawn for it: the same ones after a resume, and
-        whichever rank computes it.
+        `draw` is the number of the batch. It seeds the choice of chains, so that a resumed run, or another rank,
+        chooses the same ones.
         """
         s, data = self.settings, self.data
         batch = make_batch([data.documents[i] for i in group]).to(self.target.device)
@@ -164,7 +163,7 @@ class Trainer:
             return ttt_loss(self.model, batch, features, self.head, s.loss, generator)
 
     def train_step(self) -> list[float]:
-        """One optimiser step over accumulate x ranks batches; returns the mean loss of each simulated step."""
+        """One optimiser step over accumulate x ranks batches. Returns the mean loss of each simulated step."""
         s, world = self.settings, self.ranks.world
         batches = s.accumulate * world
         groups = [self._next_group() for _ in range(batches)]
@@ -195,7 +194,7 @@ class Trainer:
         return means.tolist()
 
     def evaluate(self) -> Validation:
-        """Validation of the weights as they are; every rank validates its part. Needs validation documents."""
+        """Validate the present weights. Each rank validates its part. Needs validation documents."""
         assert self.data.validation is not None
         self.model.eval()
         with self.autocast():
@@ -213,7 +212,7 @@ class Trainer:
         self.ranks.together(lambda: best(self) if best else None)
 
     def save(self) -> None:
-        """Write the state (rank 0) and call `on_save`; the other ranks wait, and end if it fails."""
+        """On rank 0: write the state and call `on_save`. The other ranks wait, and end if that fails."""
 
         def write() -> None:
             save_state(self)
@@ -223,7 +222,7 @@ class Trainer:
         self.ranks.together(write if self.ranks.rank == 0 else None)
 
     def resume(self) -> None:
-        """Continue from the newest state on disk, if there is one. Raises ValueError when it is of other data."""
+        """Continue from the newest state on disk, if there is one. Raises ValueError if it belongs to other data."""
         if load_newest(self):
             self.plan = self._plan(self.at.epoch)
             if self.record:
@@ -231,13 +230,14 @@ class Trainer:
             logger.info("resumed at step %d of %s", self.at.step, self.settings.out)
 
     def start_average(self) -> None:
-        """Begin the average at the weights as they are: for a trainer made before an earlier stage changed them."""
+        """Begin the average at the present weights, which an earlier stage may have changed since `__init__`."""
         self.average = WeightAverage(self.parameters, self.settings.ema)
 
     def finish(self, before: Sequence[Tensor] | None = None) -> None:
-        """Leave the result of the run in the model.
+        """Write the result of the run into the model.
 
-        It is the average if there is one, blended with the parameters `before`, which the run started from.
+        The result is the average of the weights, or the last weights if there is no average, blended with the
+        parameters `before`, from which the run started.
         """
         with torch.no_grad():
             for parameter, average in zip(self.parameters, self.average.average, strict=False):

@@ -21,21 +21,20 @@ from vllm_eagle3.training.settings import LossOptions
 
 @dataclass(frozen=True)
 class Chains:
-    """Which chains a batch trains.
+    """The chains that a batch trains.
 
-    rows [R]: stream index p of each; valid [steps, R]: step j has a label; later [R']: which of the rows (0..R-1) are
-    simulated beyond step 1.
+    rows [R]: stream index p of each chain; valid [steps, R]: whether step j has a label; later [R']: the rows
+    (0..R-1) that are simulated beyond step 1.
 
-    A chain at p reads g(p) and the token p + 1, so its step j predicts token p + j + 1 and is scored against
-    the target's distribution at p + j. It is valid when tokens p + 1 .. p + j + 1 are all answer tokens of
-    one document.
+    A chain at p reads g(p) and token p + 1. So its step j predicts token p + j + 1 and is scored against the target's
+    distribution at p + j. This is valid if tokens p + 1 .. p + j + 1 are all answer tokens of one document.
     """
 
     rows: Tensor
     valid: Tensor
     later: Tensor
     candidates: int
-    """Chains that have a label at step 2: those from which `later` was drawn."""
+    """Number of chains with a label at step 2. `later` is drawn from these."""
 
     @staticmethod
     def build(
@@ -65,14 +64,14 @@ class Chains:
         return Chains(rows, valid, later, len(longer))
 
     def at(self, offset: int, total: int) -> Tensor:
-        """Stream index p + offset of every chain [R]; past the end of the stream, its last index (never valid)."""
+        """Stream index p + offset of each chain [R]. Beyond the stream it is the last index, which is never valid."""
         return (self.rows + offset).clamp(max=total - 1)
 
     def scored(self, weights: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Of each step: which rows the head scores, and the weight of each row's loss.
+        """For each step: the rows that the head scores, and the weight of each row's loss.
 
-        The sum over rows of weight times loss is weights[j] times the mean over all valid rows of step j, or an
-        unbiased estimate of it: a chain of `later` stands for candidates / R' of them.
+        The sum over rows of weight times loss is weights[j] times the mean over all valid rows of step j. If only
+        some chains are simulated, it is an unbiased estimate: each chain in `later` represents candidates / R' chains.
         """
         parts = []
         for j, (valid, weight) in enumerate(zip(self.valid, weights, strict=True)):
@@ -87,9 +86,9 @@ class Chains:
 
 @dataclass(frozen=True)
 class Simulated:
-    """What a simulation leaves.
+    """The result of a simulation.
 
-    states: a of each simulated step, [R, h] of step 1 and [R', h] of the later ones; q [R, H, d] and k [T, H, d] of
+    states: a of each simulated step, [R, h] for step 1 and [R', h] for later steps; q [R, H, d] and k [T, H, d] of
     step 1, with keys repeated for their query heads.
     """
 
@@ -107,12 +106,12 @@ def simulate(
     steps: int,
     recompute: bool = False,
 ) -> Simulated:
-    """The simulated steps of all chains.
+    """Simulate the steps of all chains.
 
-    Step 1 reads the target's features; step j, of the chains in `chains.later`, reads the draft's own a of step
-    j - 1 and the true token p + j, at RoPE position p + j - 1, attending to step-1 keys up to p and to its own
-    chain.
-    recompute: keep only each step's inputs for backward (less memory, about a third more work).
+    Step 1 reads the target's features. Step j, only for the chains in `chains.later`, reads the draft's own a of step
+    j - 1 and the true token p + j at RoPE position p + j - 1. It attends to the step-1 keys up to p and to the keys
+    of its own chain.
+    recompute: keep only each step's inputs for the backward pass (less memory, about a third more work).
     """
     layer, attn = model.draft_layer, model.draft_layer.self_attn
     rows, later = chains.rows, chains.later
@@ -158,8 +157,8 @@ def simulate(
 def target_table(features: Features, head: TargetHead, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Target probabilities over the draft vocabulary at the stream indices `positions` (with repeats).
 
-    head: the target's head, rows of the draft vocabulary. Returns (table [m, draft_vocab] in the dtype of the
-    features, index [len(positions)]: each position's row in the table).
+    head: the rows of the target's head for the draft's vocabulary. Returns (table [m, draft_vocab] in the dtype of
+    the features, index [len(positions)]: each position's row in the table).
     """
     needed, index = positions.unique(return_inverse=True)
     states = features.last[needed]
@@ -179,10 +178,10 @@ def ttt_loss(
     options: LossOptions,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Loss of a batch: (scalar, per-step means [steps], without gradient).
+    """Loss of a batch: (scalar, mean of each step [steps] without gradient).
 
-    The scalar is the mean over valid rows of each step, weighted decay^(j-1), over the sum of the weights; with
-    `chain_share` below 1 an unbiased estimate of it, by chains that `generator` draws.
+    The scalar is the weighted mean over the steps, with weight decay^(j-1), of the mean over the valid rows of step j.
+    With `chain_share` below 1 it is an unbiased estimate of it from the chains that `generator` draws.
     Raises ValueError for a batch without any chain.
     """
     steps, total = options.steps, len(batch.tokens)
@@ -195,7 +194,7 @@ def ttt_loss(
     weights = options.decay ** torch.arange(steps, dtype=torch.float32, device=run.q.device)
     scored = chains.scored(weights / weights.sum())
     positions = torch.cat([chains.at(j, total)[rows] for j, (rows, _) in enumerate(scored, 1)])
-    place = torch.full_like(chains.rows, -1)  # of a chain in the states of the later steps
+    place = torch.full_like(chains.rows, -1)  # row of a chain in the states of the later steps
     place[chains.later] = torch.arange(len(chains.later), device=place.device)
     a = torch.cat(
         [run.states[0], *(s[place[rows]] for s, (rows, _) in zip(run.states[1:], scored[1:], strict=True))]
@@ -222,8 +221,8 @@ def acceptance(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Greedy chains of `steps` drafts against the text: (rows [R], right [steps, R] bool, valid [steps, R] bool).
 
-    Step j of the chain at p is right when the drafted token is token p + j + 1, which is the token that the next
-    step is fed: on a greedy answer this is what decoding accepts.
+    Step j of the chain at p is right if the drafted token is token p + j + 1. The next step reads that token of the
+    text. On a greedy answer, decoding accepts exactly the right drafts.
     """
     chains = Chains.build(batch, steps)
     right = torch.zeros_like(chains.valid)

@@ -1,8 +1,8 @@
-"""Validation: tokens per verification on held-out greedy answers, by the walk that decoding takes through them.
+"""Validation: tokens per verification on held-out greedy answers, without running the target again.
 
-A greedy answer is what decoding would write again, so the chain drafted at each of its places is the one that
-decoding would draft there: accepted drafts, then one token of the target, then the next chain. Without running the
-target again this gives the tau of decoding on these prompts.
+Decoding would write a greedy answer again, and would draft the same chains at its places. So validation can follow
+decoding through the answer: the accepted drafts of a chain, then one token of the target, then the next chain. The
+result is the tau of decoding on these prompts.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ ALL = "all"
 def choose(
     documents: Sequence[Document], groups: Mapping[str, Sequence[str]], limit: int
 ) -> dict[str, list[Document]]:
-    """At most `limit` greedy answers, as many of each group of sources; one group of all where none is named.
+    """At most `limit` greedy answers, the same number for each group of sources. Without groups, all are one group.
 
-    Falls back, with a warning, to answers drawn at other temperatures where there is no greedy one: tau is then
-    that of text the target would not write again.
+    If no answer is greedy, it warns and takes answers at other temperatures. Decoding would not write these answers
+    again, so the tau that validation measures is then too low.
     """
     greedy = [d for d in documents if d.temperature == 0]
     if documents and not greedy:
@@ -63,7 +63,7 @@ class ValidationSet:
             self.batches.append((batch, target.features(batch), [group_of[i] for i in places]))
 
     def measure(self, model: DraftModel, steps: int, ranks: Ranks | None = None) -> Validation:
-        """Greedy chains of `steps` drafts, with the weights as they are."""
+        """Validate greedy chains of `steps` drafts with the present weights."""
         ranks = ranks or Ranks()
         hits, chances = torch.zeros(2, steps, dtype=torch.float64)
         tries, streaks = torch.zeros(2, len(self.names), steps, dtype=torch.float64)
@@ -92,18 +92,18 @@ class ValidationSet:
 
 
 def walk(rows: Tensor, right: Tensor, valid: Tensor) -> Tensor:
-    """Which chains decoding would start, as places in `rows`.
+    """The chains that decoding would start, as indices into `rows`.
 
-    rows [R]: stream indices, ascending; right, valid [steps, R]: of `acceptance`. After a chain at p with n accepted
-    drafts the next one starts at p + n + 1. A chain that reaches the end of its answer before it fails is left out:
-    what it would have drafted behind the end is not known.
+    rows [R]: stream indices, ascending; right, valid [steps, R]: from `acceptance`. After a chain at p with n accepted
+    drafts, the next chain starts at p + n + 1. A chain that is right up to the end of its answer is left out, because
+    the text beyond the end is not known.
     """
     accepted = right.long().cumprod(0).sum(0).numpy()
     known = (accepted == len(right)) | (accepted < valid.sum(0).numpy())
     at, starts, end = rows.numpy(), [], -1
     for i, p in enumerate(at):
         if p < end and at[i - 1] == p - 1:
-            continue  # inside what an earlier chain of this answer has passed
+            continue  # an earlier chain of this answer has accepted this place
         end = p + accepted[i] + 1
         if known[i]:
             starts.append(i)
