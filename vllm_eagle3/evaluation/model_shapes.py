@@ -1,4 +1,4 @@
-"""Real models' shapes, for measuring big-model throughput with random weights and synthetic acceptance."""
+"""Shapes of real models, to measure the throughput of large models with random weights and synthetic acceptance."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ SHAPES: dict[str, tuple[dict[str, Any], int]] = {
 
 
 def write_shape(name: str, folder: Path, positions: int = 0) -> tuple[Path, Path]:
-    """Directories of target and draft with a config.json and no weights, for vLLM's `load_format="dummy"`.
+    """Write directories of target and draft with a config.json but no weights, for vLLM's `load_format="dummy"`.
 
-    positions: longest sequence in tokens, if it is to be longer than the shape's.
+    positions: the longest sequence in tokens, if it must be longer than the shape's own.
     """
     target, draft_vocab = SHAPES[name]
     target = target | {"max_position_embeddings": max(target["max_position_embeddings"], positions)}
@@ -67,6 +67,6 @@ def write_shape(name: str, folder: Path, positions: int = 0) -> tuple[Path, Path
 
 
 def pseudo_tokens(text: str, vocab: int) -> list[int]:
-    """Ids for a model that has no tokenizer: a token for every four characters of a real prompt."""
+    """Token ids for a model without a tokenizer: one token for every four characters of a real prompt."""
     pieces = (text[i : i + 4] for i in range(0, len(text), 4))
     return [2 + zlib.crc32(piece.encode()) % (vocab - 2) for piece in pieces]

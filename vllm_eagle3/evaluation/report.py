@@ -1,4 +1,4 @@
-"""An evaluation's results as a table and as a figure."""
+"""Prints the results of an evaluation as a table, and draws them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COLUMNS = (
 
 
 def table(results: Sequence[Row]) -> str:
-    """The results as aligned text; "-" where a figure does not apply."""
+    """The results as aligned text, with "-" where a figure does not apply."""
 
     def cells(row: Row) -> tuple[str, ...]:
         numbers = (
@@ -34,7 +34,7 @@ def table(results: Sequence[Row]) -> str:
 
 
 def plot(results: Sequence[Row], path: Path) -> None:
-    """Draws tau and speed-up by task and mode, and n-alpha (mean over tasks) by mode. Needs matplotlib."""
+    """Draw tau and speed-up by task and mode, and n-alpha (mean over tasks) by mode. Needs matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""What one evaluation runs: the modes and the settings they share."""
+"""The modes of an evaluation, and the settings that they share."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from vllm_eagle3.prompts import Prompt, load_prompts
 
 MODES = {
     "none": "vLLM without speculation",
-    "native": "stock vLLM's eagle3",
+    "native": "vLLM's own eagle3",
     "chain": "this project's chain in vLLM",
     "tree": "this project's tree in vLLM",
     "reference-chain": "the chain in plain transformers",
     "reference-tree": "EAGLE-2's tree in plain transformers",
-    "reference-chain+graft": "that chain with what followed the newest tokens before in the text",
-    "reference-tree+graft": "that tree with the same",
+    "reference-chain+graft": "the chain in plain transformers, with a graft (tokens copied from earlier in the text)",
+    "reference-tree+graft": "the tree in plain transformers, with a graft",
 }
-GRAFT = "+graft"  # ends the name of a mode that is another one with grafts
+GRAFT = "+graft"  # suffix of modes with grafts
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DTYPES = get_args(Dtype)
@@ -29,7 +29,7 @@ DTYPES = get_args(Dtype)
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """Settings of one evaluation; ValueError names the option with a bad value."""
+    """Settings of one evaluation. Raises ValueError, which names the option with a bad value."""
 
     target: str
     draft: str
@@ -75,7 +75,7 @@ class EvalSettings:
         return cls(**fields | {name: tuple(fields[name]) for name in ("data", "modes")})
 
     def public(self) -> dict[str, Any]:
-        """The settings for a result's provenance: names of files and models, not where they lie."""
+        """The settings for the provenance of a result: names of files and models without their folders."""
         fields = dataclasses.asdict(self)
         names = {name: Path(fields[name]).name for name in ("target", "draft")}
         return fields | names | {"data": [Path(path).name for path in self.data], "modes": list(self.modes)}
@@ -85,7 +85,7 @@ def load_tasks(settings: EvalSettings) -> dict[str, list[Prompt]]:
     """Prompts by task, at most `limit` of each file.
 
     Raises:
-        ValueError: a file is not one of prompts, or two prompts share an id.
+        ValueError: a file holds no prompts, or two prompts have the same id.
     """
     found: dict[str, list[Prompt]] = {}
     ids: set[str] = set()

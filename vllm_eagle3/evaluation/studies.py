@@ -53,7 +53,8 @@ def arms(job: TrainJob, num_layers: int) -> dict[str, TrainJob]:
     second arm drops the regression and simulates all steps (training-time test). The third arm fuses three layers.
     """
     loss = job.settings.loss
-    one = dataclasses.replace(loss, steps=1, feature_loss=10.0)  # EAGLE weighs regression to tokens 1 to 0.1
+    # EAGLE's weights are 1 for the regression and 0.1 for the tokens.
+    one = dataclasses.replace(loss, steps=1, feature_loss=10.0)
     top = dataclasses.replace(job, aux_layers=(num_layers,))
     return {
         "EAGLE-2": dataclasses.replace(top, settings=dataclasses.replace(job.settings, loss=one)),
@@ -78,7 +79,7 @@ def train_arm(job: TrainJob, name: str, seed: int) -> tuple[DraftModel, Target]:
 def measure(
     draft: DraftModel, target: Target, prompts: list[Path], limit: int, tokens: int, chain_length: int
 ) -> list[tuple[str, float, list[float], int]]:
-    """(task, tau, n_alpha, verifications) of greedy chains on first turns, `limit` prompts a file."""
+    """Measure greedy chains on first turns, with `limit` prompts per file: (task, tau, n_alpha, verifications)."""
     from transformers import AutoTokenizer
 
     from vllm_eagle3.evaluation.metrics import TaskRun, count_chain
@@ -109,7 +110,7 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def summary(results: list[Measured]) -> list[dict[str, Any]]:
-    """One row an arm and task, in the order measured."""
+    """One row per arm and task, in the order of measurement."""
     rows = []
     for arm, task in dict.fromkeys((r.arm, r.task) for r in results):
         runs = [r for r in results if (r.arm, r.task) == (arm, task)]
@@ -123,7 +124,7 @@ def summary(results: list[Measured]) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: tau of every arm and task beside the paper's, where it has one."""
+    """A Markdown table of tau by arm and task, with the paper's tau where the paper gives one."""
     lines = [
         "| arm | task | tau (95 % interval) | n-alpha, n = 0, 1, ... | paper's tau |",
         "| --- | --- | --- | --- | --- |",
@@ -139,7 +140,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def draw(rows: list[dict[str, Any]], path: Path, shares: bool) -> None:
-    """Draw tau by arm, or by share of the data, on the left, and acceptance against n (figure 7) on the right."""
+    """Draw tau by arm or by share of the data on the left, and acceptance by n (figure 7) on the right."""
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4), constrained_layout=True)
@@ -177,7 +178,7 @@ def write(out: Path, kind: str, found: dict[str, Any]) -> None:
 
 
 def study(kind: str, job: TrainJob, args: argparse.Namespace) -> dict[str, Any]:
-    """Train and measure all arms; the results are written after every arm."""
+    """Train and measure all arms. The results are written after each arm."""
     if kind == "ablation":
         jobs = arms(job, AutoConfig.from_pretrained(job.target).get_text_config().num_hidden_layers)
     else:

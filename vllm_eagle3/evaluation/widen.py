@@ -1,8 +1,8 @@
-"""Targets of any cost with real text: a model whose MLPs are N times as wide and compute what they computed.
+"""Targets of any cost that write real text: a model whose MLPs are N times as wide but compute the same.
 
-The added neurons are copies of those that are there, and what they put out is multiplied by zero (their columns of
-`down_proj`). So the widened target costs what a larger one costs and says what the original says, up to the rounding
-of sums in another order. Hidden states, KV cache and number of layers stay, so a draft of the original fits.
+The added neurons are copies of the existing ones, and their columns of `down_proj` are zero, so that they add nothing.
+The widened target costs as much as a larger model and writes the same text, up to rounding, because sums are taken in
+another order. Hidden states, KV cache and number of layers do not change, so the original's draft fits.
 """
 
 import json
@@ -21,13 +21,13 @@ WEIGHTS = "model.safetensors"
 
 
 def widened(target: str | Path, factor: int) -> Path:
-    """Directory of `target`, a directory, with MLPs `factor` times as wide; written to the cache at first use.
+    """The directory of a copy of `target` with MLPs `factor` times as wide. It is written to the cache at first use.
 
-    Says so on stderr, because figures of such a target are to be labelled.
+    It prints a note on stderr, because figures of such a target must be labelled.
 
     Raises:
-        ValueError: a factor below 2, a `target` that is no directory with config.json and safetensors, or one whose
-            MLPs are not made of gate_proj, up_proj and down_proj.
+        ValueError: the factor is below 2, `target` is not a directory with config.json and safetensors, or its MLPs
+            do not consist of gate_proj, up_proj and down_proj.
     """
     if factor < 2:
         raise ValueError(f"--widen: expected a factor of at least 2, found {factor}")
@@ -47,7 +47,7 @@ def widened(target: str | Path, factor: int) -> Path:
         made = Path(work) / "model"
         write(source, made, factor)
         try:
-            made.rename(path)  # atomic; the first of two processes wins
+            made.rename(path)  # atomic: of two processes, the first one wins
         except OSError:
             if not (path / "config.json").is_file():
                 raise
@@ -81,7 +81,7 @@ def write(source: Path, out: Path, factor: int) -> None:
 
 
 def widen(name: str, tensor: torch.Tensor, factor: int) -> torch.Tensor:
-    """One weight: rows of gate and up repeated, columns of down filled up with zeros; others as they are."""
+    """Widen one weight: repeat the rows of gate and up, add columns of zeros to down. Others are returned unchanged."""
     if name.endswith(("mlp.gate_proj.weight", "mlp.up_proj.weight")):
         return tensor.repeat(factor, 1)
     if name.endswith("mlp.down_proj.weight"):

@@ -1,7 +1,7 @@
-"""One mode of an evaluation in its own process: `python -m vllm_eagle3.evaluation.worker MODE SETTINGS OUT`.
+"""Runs one mode of an evaluation in its own process: `python -m vllm_eagle3.evaluation.worker MODE SETTINGS OUT`.
 
-SETTINGS is a JSON file (EvalSettings); OUT gets one JSON line per task (TaskRun), or {"error": message} where the
-engine finds too little memory.
+SETTINGS is a JSON file (EvalSettings). OUT gets one JSON line per task (TaskRun), or {"error": message} if the engine
+finds too little memory.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vllm_eagle3.runner.engine_memory import NotEnoughMemoryError
 
 
 def run_task(engine: Engine, mode: str, task: str, prompts: list[Prompt], settings: EvalSettings) -> TaskRun:
-    """Answers all turns: the n-th turn of every conversation, then the next, each after the answers so far.
+    """Answer all turns. The first turns of all conversations are one batch, then the second turns, and so on.
 
     Raises ValueError if a turn leaves no room for an answer.
     """
@@ -47,7 +47,7 @@ def run_task(engine: Engine, mode: str, task: str, prompts: list[Prompt], settin
 
 
 def run_mode(mode: str, settings: EvalSettings) -> Iterator[TaskRun]:
-    """Runs `mode` on every task."""
+    """Run `mode` on each task."""
     make: Callable[[str, EvalSettings], Engine] = (
         ReferenceEngine if mode.startswith("reference-") else VllmEngine
     )

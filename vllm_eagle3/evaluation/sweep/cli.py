@@ -1,4 +1,4 @@
-"""`vllm-eagle3 sweep`: tokens/s of every mode at every batch size, as ratios to no speculation."""
+"""`vllm-eagle3 sweep`: tokens/s of each mode at each batch size, compared with no speculation."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def rates(text: str) -> tuple[float, ...]:
 
 
 def add_parser(subparsers: Any) -> None:
-    """Adds the command `sweep`."""
+    """Add the command `sweep`."""
     parser = subparsers.add_parser(
         "sweep",
         help="tokens/s by batch size",
@@ -56,12 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, kind, text in (
         ("batch_sizes", numbers, "requests at a time, comma-separated"),
         ("modes", names, "comma-separated"),
-        ("num_speculative_tokens", int, "drafts of chain, most of auto"),
-        ("native_tokens", numbers, "drafts that native is tried with"),
-        ("tree", tree_shape, "DEPTH,TOPK,NODES of tree"),
+        ("num_speculative_tokens", int, "drafts per step of chain; the most drafts per step of auto"),
+        ("native_tokens", numbers, "numbers of drafts per step that native is measured with"),
+        ("tree", tree_shape, "DEPTH,TOPK,NODES of the tree"),
         ("temperature", float, "0: greedy"),
-        ("repeats", int, "measurements of each, after a warm-up"),
-        ("max_tokens", int, "longest answer; a measurement is this many tokens a place"),
+        ("repeats", int, "measurements of each mode and batch size, after a warm-up"),
+        ("max_tokens", int, "longest answer; a measurement is this many tokens per concurrent request"),
         ("max_model_len", int, "longest prompt and answer, tokens"),
         ("acceptance_rates", rates, "with --shape: share of steps that accept the n-th draft (cumulative)"),
     ):
@@ -79,16 +79,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="shape tiny, two short repeats at two batch sizes: does the whole path work here?",
+        help="check that everything works here, with shape tiny and two short repeats at two batch sizes",
     )
     parser.add_argument("--json", type=Path, metavar="OUT", help="write provenance and results")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the ratios")
 
 
 def settings_of(arguments: argparse.Namespace) -> SweepSettings:
-    """The settings the options describe. Raises ValueError for a bad one.
+    """The settings that the options describe. Raises ValueError for a bad value.
 
-    A dry run on a CPU has no synthetic acceptance (vLLM's CPU sampler knows none); its figures mean nothing.
+    A dry run on a CPU has no synthetic acceptance, because vLLM's CPU sampler does not support it. Its figures have no
+    meaning.
     """
     import torch
 
@@ -124,7 +125,7 @@ def settings_of(arguments: argparse.Namespace) -> SweepSettings:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Refuse files that cannot be written, paths that are no models, and a figure without matplotlib."""
+    """Refuse files that cannot be written, paths that are not models, and a figure without matplotlib."""
     check_output_file(arguments.json, "--json")
     check_output_file(arguments.plot, "--plot")
     if arguments.plot:
@@ -135,7 +136,7 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the table, write the files that were asked for, and return 0.
+    """Print the table, write the requested files, and return 0.
 
     Raises:
         ValueError: an option or a prompt is wrong.

@@ -11,7 +11,7 @@ import numpy as np
 from vllm_eagle3.evaluation.sweep.settings import MODES, PAPER
 from vllm_eagle3.evaluation.sweep.worker import Measurement
 
-Runs = dict[tuple[str, int], list[Measurement]]  # (engine, batch size) -> a measurement a repeat
+Runs = dict[tuple[str, int], list[Measurement]]  # (engine, batch size) -> one measurement per repeat
 Row = dict[str, Any]
 
 
@@ -23,12 +23,12 @@ def bootstrap_median(values: Sequence[float], resamples: int = 10_000) -> tuple[
 
 
 def result_rows(runs: Runs) -> list[Row]:
-    """A row per mode and batch size, `native` being the fastest `native-K` of that batch size.
+    """A row per mode and batch size. `native` is the fastest `native-K` at that batch size.
 
-    tokens_per_s: median over repeats, spread: lowest and highest; ratio_to_none: median of the ratios of
-    measurements of the same repeat, ratio_interval: its bootstrapped 95 % interval; paper_ratio: table 3 of
-    the paper; tau: tokens a request gains per target step, steps without a draft included; drafted: share of
-    the target's steps that verified a draft.
+    tokens_per_s: median over repeats; spread: the lowest and the highest. ratio_to_none: median of the ratios between
+    measurements of the same repeat; ratio_interval: its bootstrapped 95 % interval. paper_ratio: from table 3 of the
+    paper. tau: tokens per request and step of the target, including steps without a draft. drafted: share of the
+    target's steps that verified a draft.
     """
     names = list(dict.fromkeys(name for name, _ in runs))
     sizes = list(dict.fromkeys(size for _, size in runs))
@@ -66,7 +66,7 @@ def _row(mode: str, engine: str, size: int, runs: Runs) -> Row:
 
 
 def shown(results: Sequence[Row]) -> list[Row]:
-    """The rows of the modes: single `native-K` are left to the JSON."""
+    """The rows of the modes. The rows of each `native-K` are only in the JSON."""
     return [row for row in results if not row["mode"].startswith("native-")]
 
 
@@ -99,7 +99,7 @@ def table(results: Sequence[Row], synthetic: bool) -> str:
 
 
 def plot(results: Sequence[Row], path: Path, synthetic: bool) -> None:
-    """Ratio to no speculation by batch size, one line a mode with its interval, and the paper's row."""
+    """Draw the ratio to no speculation by batch size: one line with its interval per mode, and the paper's row."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""Throughput at fixed concurrency: one live engine a mode, measured in turn, several times over."""
+"""Throughput at fixed concurrency: one running engine per mode. The engines are measured in turn, several times."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from vllm_eagle3.provenance import provenance
 
 
 class Worker:
-    """The process of one engine. Raises RuntimeError when it dies; its messages are on stderr."""
+    """The process of one engine. Raises RuntimeError if it ends early; its messages are on stderr."""
 
     def __init__(
         self, name: str, mode: str, settings: Path, variables: Mapping[str, str] | None = None
     ) -> None:
-        """variables: of the environment, beside those that the mode needs."""
+        """variables: environment variables in addition to those of the mode."""
         self.name = name
         command = [sys.executable, "-m", "vllm_eagle3.evaluation.sweep.worker", name, str(settings)]
         env = environment("native" if mode == "adaptive" else mode)
@@ -52,7 +52,7 @@ class Worker:
         return reply
 
     def measure(self, batch_size: int, turn: int) -> Measurement:
-        """One run (see SweepEngine.run)."""
+        """Measure one run (see SweepEngine.run)."""
         assert self.process.stdin is not None
         try:
             self.process.stdin.write(f"{batch_size} {turn}\n")
@@ -62,7 +62,7 @@ class Worker:
         return Measurement(**self._reply())
 
     def close(self) -> None:
-        """End the process: at the end of its input, or by force."""
+        """Close the input of the process, which ends it; kill it if it does not end."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         try:
@@ -72,10 +72,10 @@ class Worker:
 
 
 def sweep(settings: SweepSettings, save: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
-    """{"provenance", "results"} (see report.result_rows), given to `save` after every repeat too.
+    """{"provenance", "results"} (see report.result_rows), which is also passed to `save` after each repeat.
 
-    Within a repeat every batch size is measured with each engine in turn, beginning with another engine every
-    time, so that changes of the load of the machine reach all of them. The first repeat warms up and is dropped.
+    Within a repeat, each batch size is measured with all engines in turn. Each time another engine begins, so that
+    changes of the machine's load affect all of them. The first repeat is a warm-up and is not counted.
 
     Raises:
         RuntimeError: an engine died.

@@ -1,4 +1,4 @@
-"""What one throughput sweep runs."""
+"""The modes and the settings of a throughput sweep."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from vllm_eagle3.evaluation.settings import DTYPES, Dtype
 
 MODES = {
     "none": "vLLM without speculation",
-    "native": "stock vLLM's eagle3, at the best of --native-tokens",
-    "adaptive": "stock vLLM's eagle3 with adaptive verification (V2 runner with full CUDA graphs)",
+    "native": "vLLM's own eagle3, at the best of --native-tokens",
+    "adaptive": "vLLM's own eagle3 with adaptive verification (V2 runner with full CUDA graphs)",
     "chain": "this project's chain of --num-speculative-tokens",
     "tree": "this project's tree",
     "auto": "this project with policy auto, up to --num-speculative-tokens",
@@ -30,14 +30,14 @@ PAPER = {
     48: 1.21,
     56: 1.01,
 }  # arXiv 2503.01840, table 3
-# vllm-project/vllm#20780: acceptance lengths of EAGLE-3 for Llama-3.1-8B on MT-bench; the split of the first
-# two is assumed. Unconditional: the share of steps in which the n-th draft is accepted.
+# The share of steps in which the n-th draft is accepted, from the acceptance lengths of EAGLE-3 for Llama-3.1-8B on
+# MT-bench in vllm-project/vllm#20780. How the first two share their sum is an assumption.
 PUBLISHED_RATES = (0.78, 0.58, 0.43, 0.29, 0.24, 0.14, 0.08)
 
 
 @dataclass(frozen=True)
 class SweepSettings:
-    """Settings of one sweep; ValueError names the option with a bad value."""
+    """Settings of one sweep. Raises ValueError, which names the option with a bad value."""
 
     target: str
     draft: str
@@ -54,7 +54,7 @@ class SweepSettings:
     dtype: Dtype = "auto"
     enforce_eager: bool = False
     shape: str | None = None
-    acceptance_rates: tuple[float, ...] = PUBLISHED_RATES  # with a shape; empty: what random weights accept
+    acceptance_rates: tuple[float, ...] = PUBLISHED_RATES  # with a shape; if empty, random weights decide
 
     def __post_init__(self) -> None:
         for name, known in (("modes", tuple(MODES)), ("dtype", DTYPES)):
@@ -94,13 +94,13 @@ class SweepSettings:
         return cls(**fields | lists)
 
     def public(self) -> dict[str, Any]:
-        """The settings for a result's provenance: names of files and models, not where they lie."""
+        """The settings for the provenance of a result: names of files and models without their folders."""
         fields = dataclasses.asdict(self)
         names = {name: Path(fields[name]).name for name in ("target", "draft")}
         return fields | names | {"data": [Path(path).name for path in self.data]}
 
     def runs(self) -> list[tuple[str, str, int]]:
-        """(name, mode, drafts a step) of every engine; "native" is one engine for each of `native_tokens`."""
+        """(name, mode, drafts per step) of each engine. "native" is one engine for each of `native_tokens`."""
         found: list[tuple[str, str, int]] = []
         for mode in self.modes:
             if mode == "native":

@@ -1,7 +1,7 @@
 """One engine of a sweep in its own process: `python -m vllm_eagle3.evaluation.sweep.worker NAME SETTINGS`.
 
-Reads "batch size, turn" a line from stdin, runs that, answers with a JSON line on what was stdout; whatever else
-writes to stdout goes to stderr. An engine that finds too little memory answers with {"error": message} and ends.
+For each line "batch size, turn" on stdin it measures one run and writes a JSON line to stdout. Everything that other
+code writes to stdout goes to stderr. An engine that finds too little memory answers with {"error": message} and ends.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vllm_eagle3.prompts import load_prompts
 from vllm_eagle3.runner.engine_memory import NotEnoughMemoryError, memory_arguments
 
 LEAST = 8
-"""Prompts that a run sees at least, however small its batch."""
+"""The fewest prompts of a run, even if its batch is smaller."""
 
 
 @dataclass
@@ -82,7 +82,7 @@ def reserved_memory(name: str, settings: SweepSettings) -> dict[str, Any]:
 
 
 class SweepEngine:
-    """A vLLM engine that is given exactly `batch_size` requests at a time."""
+    """A vLLM engine that always has exactly `batch_size` requests."""
 
     def __init__(self, name: str, settings: SweepSettings) -> None:
         from vllm import LLM, SamplingParams
@@ -93,7 +93,7 @@ class SweepEngine:
         self.params = SamplingParams(
             temperature=settings.temperature,
             max_tokens=settings.max_tokens,
-            ignore_eos=settings.shape is not None,  # random weights end nowhere in particular
+            ignore_eos=settings.shape is not None,  # random weights end an answer anywhere
             detokenize=settings.shape is None,
             output_kind=RequestOutputKind.DELTA,
         )
@@ -125,11 +125,11 @@ class SweepEngine:
         return values.get(prefix + "drafts", 0), values.get(prefix + "accepted_tokens", 0)
 
     def run(self, batch_size: int, turn: int) -> Measurement:
-        """Closed loop: each finished request is replaced at once by the next prompt.
+        """Measure one run. As soon as a request finishes, the next prompt replaces it.
 
-        The clock starts once all first requests have been admitted, and stops after `max_tokens` tokens for
-        each of the `batch_size` places, or of LEAST prompts if these are more. Run number `turn` begins where the
-        one before it ended in the list of prompts, whatever the engine: runs of the same turn see the same prompts.
+        The clock starts when all first requests have been admitted. It stops after `max_tokens` tokens for each of the
+        `batch_size` requests, or for LEAST prompts if these are more. Run number `turn` begins in the list of prompts
+        where the run before it ended, so that all engines see the same prompts in the same turn.
         """
         engine: Any = self.llm.llm_engine
         requests = max(batch_size, LEAST)
