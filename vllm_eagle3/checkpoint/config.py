@@ -92,8 +92,7 @@ def resolve_config(
     Args:
         config: the parsed config.json.
         source: the name used in error messages, usually the path of config.json.
-        target_config: the target's parsed config.json, which the draft must fit. Multimodal targets nest the text
-            model in it.
+        target_config: the target's parsed config.json (multimodal ones nest the text model), which the draft must fit.
         aux_layers: after-k ids that override the checkpoint's (option `aux_layers`).
 
     Raises:

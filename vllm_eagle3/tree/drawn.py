@@ -106,17 +106,24 @@ def accept_drawn(
         count = count + accepted
         path = torch.where(accepted & (node_ids == count), child, path)
 
-        drawn_from = torch.where(given, 0.0, q)
-        rest = p.index_add(1, trees.target_ids, -drawn_from)
-        rest.scatter_add_(1, token, -given.to(rest.dtype))
-        rest = rest.clamp_(min=0)
-        total = rest.sum(dim=-1, keepdim=True)
-        q_left = q.scatter(1, draft_id.clamp(min=0), torch.where(draft_id >= 0, 0.0, q[:, :1]))
-        q_left = q_left / q_left.sum(dim=-1, keepdim=True).clamp(min=1e-30)
         p_next, q_next = at(node)
-        p = torch.where(accepted, p_next, torch.where(refused & (total > 0), rest / total, p))
+        p_left, q_left = _after_refusal(p, q, token, draft_id, given, trees.target_ids)
+        p = torch.where(accepted, p_next, torch.where(refused, p_left, p))
         q = torch.where(accepted, q_next, torch.where(refused, q_left, q))
 
     last = torch.multinomial(p, 1)
     emitted = tokens.gather(1, path.roll(-1, dims=1)).scatter(1, count, last)
     return path, emitted, (count[:, 0] + 1).int()
+
+
+def _after_refusal(
+    p: Tensor, q: Tensor, token: Tensor, draft_id: Tensor, given: Tensor, target_ids: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The residual of p, and q without the refused token. If rounding leaves no residual, p does not change."""
+    residual = p.index_add(1, target_ids, -torch.where(given, 0.0, q))
+    residual.scatter_add_(1, token, -given.to(residual.dtype))
+    residual = residual.clamp_(min=0)
+    total = residual.sum(dim=-1, keepdim=True)
+    q_left = q.scatter(1, draft_id.clamp(min=0), torch.where(draft_id >= 0, 0.0, q[:, :1]))
+    q_left = q_left / q_left.sum(dim=-1, keepdim=True).clamp(min=1e-30)
+    return torch.where(total > 0, residual / total, p), q_left

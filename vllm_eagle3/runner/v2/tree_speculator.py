@@ -126,6 +126,7 @@ class TreeSpeculator(Eagle3Speculator):
 
         self.growth_graphs.capture(growth, progress_bar_desc="Capturing CUDA graphs of the draft tree")
 
+    # Long: a quarter is vLLM's signature, the rest is one proposal in the order of its steps.
     @torch.inference_mode()
     def propose(  # type: ignore[override]
         self,
