@@ -26,8 +26,6 @@ from vllm_eagle3.runner import triton_interpreter  # noqa: E402
 
 if triton_interpreter.enabled():
     triton_interpreter.install()
-else:
-    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
 
 
 @pytest.fixture

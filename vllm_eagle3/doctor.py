@@ -45,12 +45,13 @@ def _entry_point_allowed() -> bool:
 
 
 def _runner() -> str:
+    from vllm_eagle3.runner.hooks.native_v2 import has_cpu_forms
     from vllm_eagle3.runner.triton_interpreter import triton_is_usable
 
     choice = os.environ.get("VLLM_USE_V2_MODEL_RUNNER")
     if choice == "0":
         return "V1 (VLLM_USE_V2_MODEL_RUNNER=0)"
-    if not triton_is_usable():
+    if not triton_is_usable() and not has_cpu_forms():
         return "V1 (Triton has no backend for this device): chains only"
     return "V2" + (
         " (VLLM_USE_V2_MODEL_RUNNER=1)" if choice == "1" else " where vLLM supports the model on it"

@@ -123,12 +123,12 @@ def test_environments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluate.torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("EAGLE3_DISABLE", "1")
     monkeypatch.setenv("EAGLE3_INTERPRET", "1")
-    flags = ("EAGLE3_DISABLE", "EAGLE3_INTERPRET", "VLLM_USE_V2_MODEL_RUNNER")
+    flags = ("EAGLE3_DISABLE", "EAGLE3_INTERPRET")
     seen = {
         mode: tuple(evaluate.environment(mode).get(flag) for flag in flags)
         for mode in ("native", "chain", "tree")
     }
-    assert seen == {"native": ("1", None, "0"), "chain": (None, None, "0"), "tree": (None, None, "1")}
+    assert seen == {"native": ("1", None), "chain": (None, None), "tree": (None, None)}
     assert os.environ["EAGLE3_DISABLE"] == "1"
 
 

@@ -99,9 +99,13 @@ def test_engine_arguments() -> None:
     assert "speculative_config" not in engine_arguments("none", given)
     native = engine_arguments("native-3", given)
     assert native["speculative_config"]["num_speculative_tokens"] == 3
-    assert native["additional_config"]["eagle3"] == {"policy": "fixed"}
+    assert native["additional_config"]["eagle3"] == {"policy": "fixed", "tree": None}
     auto = engine_arguments("auto", given)
     assert auto["additional_config"]["eagle3"]["policy"] == "auto"
+    trees = engine_arguments("auto-tree", settings(modes=("auto-tree",), tree=TreeOptions(4, 4, 8)))
+    assert trees["speculative_config"]["num_speculative_tokens"] == 8
+    options = {"policy": "auto", "tree": {"depth": 4, "topk": 4, "nodes": 8}}
+    assert trees["additional_config"]["eagle3"] == options
     shaped = engine_arguments("native-3", settings(modes=("native",), native_tokens=(3,), shape="tiny"))
     assert shaped["speculative_config"]["synthetic_acceptance_rates"] == list(PUBLISHED_RATES[:3])
     assert shaped["load_format"] == "dummy"

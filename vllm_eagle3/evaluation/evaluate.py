@@ -33,7 +33,6 @@ def environment(mode: str) -> dict[str, str]:
         env.setdefault("VLLM_DISABLE_COMPILE_CACHE", "1")
         # vLLM reserves one core for its front end, but here the front end runs in the engine's process.
         env.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
-        env["VLLM_USE_V2_MODEL_RUNNER"] = "1" if mode == "tree" else "0"
     return env
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -65,6 +65,36 @@ class Acceptance:
             above = out[-1] if out else accepted / max(tried, 1e-9)
             prior = like[depth] if depth < len(like) else above
             out.append((accepted + self.weight * prior) / (tried + self.weight))
+        return out
+
+
+class Families(dict[int, Acceptance]):
+    """Acceptance of each family of shapes: 0 for all chains, and each size of tree by its number of nodes."""
+
+    # Guess: a tree of n nodes misses MISSES * n ** MISSES_POWER times as often as a chain (16: 0.75, 60: 0.6).
+    MISSES, MISSES_POWER = 1.2, -0.17
+    TREE_PRIOR = 12.0  # observations that this is worth
+
+    def __init__(self, families: Iterable[int], max_depth: int, prior: float) -> None:
+        """prior: the acceptance of the first family before anything was seen."""
+        first, *others = sorted(set(families))
+        weight = self.TREE_PRIOR if first == 0 else 2.0
+        super().__init__({first: Acceptance(max_depth, prior)})
+        self.update({family: Acceptance(max_depth, None, weight=weight) for family in others})
+
+    def rates(self) -> dict[int, list[float]]:
+        """Acceptance per depth of each family.
+
+        A tree that was seldom seen is expected to miss less often than the chain, the less the more nodes it has.
+        Without chains it counts as good as the next smaller tree.
+        """
+        out: dict[int, list[float]] = {}
+        below: list[float] = []
+        for family, acceptance in self.items():
+            if family and 0 in out:
+                misses = min(self.MISSES * family**self.MISSES_POWER, 1.0)
+                below = [1.0 - (1.0 - rate) * misses for rate in out[0]]
+            below = out[family] = acceptance.rates(below if family else ())
         return out
 
 

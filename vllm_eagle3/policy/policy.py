@@ -11,7 +11,7 @@ from operator import mul
 
 import numpy as np
 
-from vllm_eagle3.policy.acceptance import Acceptance, allocate, expected_tokens, shift_odds
+from vllm_eagle3.policy.acceptance import Acceptance, Families, allocate, expected_tokens, shift_odds
 from vllm_eagle3.policy.cost import SeenCost, bucket
 from vllm_eagle3.policy.shape import NOTHING, Shape
 
@@ -33,10 +33,6 @@ class Policy:
     MAX_CREDIT = 8.0  # steps' worth of probing that can be saved up
     PROBE_FLOOR = 0.8  # neighbours expected to be slower than this share of the current speed are not probed
 
-    # Guess: a tree of n nodes misses MISSES * n ** MISSES_POWER times as often as a chain (16: 0.75, 60: 0.6).
-    MISSES, MISSES_POWER = 1.2, -0.17
-    TREE_PRIOR = 12.0  # observations that this is worth
-
     REQUEST_WINDOW = 32.0  # drafts a request's own acceptance looks back
     REQUEST_PRIOR = 8.0  # observations that the batch's acceptance weighs against a request's own
 
@@ -57,13 +53,7 @@ class Policy:
         self.cost = cost
         self.hysteresis, self.probe_share = hysteresis, probe_share
         depth = max(s.depth for s in self.shapes)
-        first = next((s.family for s in self.shapes if s != NOTHING), 0)
-        self.acceptance = {
-            f: Acceptance(
-                depth, prior if f == first else None, weight=self.TREE_PRIOR if f and first == 0 else 2.0
-            )
-            for f in sorted({s.family for s in self.shapes})
-        }
+        self.acceptance = Families([s.family for s in self.shapes if s != NOTHING] or [0], depth, prior)
         self.continuation = Acceptance(max(depth - 1, 0), prior=1.0)
         """Whether chains continue after each draft: the draft stops a chain early that it finds improbable."""
         self.requests: dict[
@@ -81,27 +71,11 @@ class Policy:
 
     # -- Expected tokens and seconds
 
-    def rates(self) -> dict[int, list[float]]:
-        """Acceptance per depth of each family.
-
-        A tree that was seldom seen is expected to miss less often than the chain, the less the more nodes it has.
-        Without chains among the shapes it counts as good as the next smaller tree.
-        """
-        out: dict[int, list[float]] = {}
-        below: list[float] = []
-        for family, acceptance in self.acceptance.items():
-            if family and 0 in out:
-                below = [
-                    1.0 - (1.0 - rate) * min(self.MISSES * family**self.MISSES_POWER, 1.0) for rate in out[0]
-                ]
-            below = out[family] = acceptance.rates(below if family else ())
-        return out
-
     def gain(self, shape: Shape) -> float:
         """Expected tokens of a request in a step with this shape."""
         if not self._gains:
-            rates = self.rates()
-            self._gains = {s.nodes: expected_tokens(rates[s.family], s.depth) for s in self.shapes}
+            rates = self.acceptance.rates()
+            self._gains = {s.nodes: expected_tokens(rates.get(s.family, ()), s.depth) for s in self.shapes}
         return self._gains[shape.nodes]
 
     def expected_drafts(self, shape: Shape, batch: int) -> tuple[float, float]:
@@ -246,7 +220,7 @@ class Policy:
         families: dict[int, list[tuple[int, int]]] = {}
         for request, (nodes, accepted) in results.items():
             shape = self.by_nodes.get(nodes) or Shape(nodes, nodes)  # a cut chain
-            if nodes:
+            if nodes and shape.family in self.acceptance:
                 families.setdefault(shape.family, []).append((shape.depth, accepted))
                 tried, good = self.requests.get(request, (0.0, 0.0))
                 reached = min(accepted + 1, shape.depth)

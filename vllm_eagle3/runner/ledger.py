@@ -113,6 +113,14 @@ PATCHES = (
     ),
     Patch(
         module="vllm.config.vllm",
+        name="VllmConfig.use_v2_model_runner",
+        replacement="vllm_eagle3.runner.hooks.native_v2:use_v2_model_runner",
+        upstream=UpstreamSignature("vllm.config.vllm", "VllmConfig.use_v2_model_runner", "self"),
+        reason="without Triton vLLM chooses its deprecated V1 runner, which has no trees",
+        remove_when="vLLM runs V2 on a CPU without Triton by default (vllm-project/vllm#55847)",
+    ),
+    Patch(
+        module="vllm.config.vllm",
         name="VllmConfig._validate_v2_model_runner",
         replacement="vllm_eagle3.runner.hooks.native_v2:validate_v2_model_runner",
         upstream=UpstreamSignature("vllm.config.vllm", "VllmConfig._validate_v2_model_runner", "self"),

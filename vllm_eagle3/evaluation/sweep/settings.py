@@ -18,8 +18,10 @@ MODES = {
     "adaptive": "vLLM's own eagle3 with adaptive verification (V2 runner with full CUDA graphs)",
     "chain": "this project's chain of --num-speculative-tokens",
     "tree": "this project's tree",
-    "auto": "this project with policy auto, up to --num-speculative-tokens",
+    "auto": "this project with policy auto, chains of up to --num-speculative-tokens",
+    "auto-tree": "this project with policy auto, trees up to --tree where they pay",
 }
+TREES = {"tree", "auto-tree"}
 PAPER = {
     2: 1.75,
     4: 1.68,
@@ -72,7 +74,10 @@ class SweepSettings:
         if self.shape is not None:
             _expect(self.shape in SHAPES, "shape", f"one of {', '.join(SHAPES)}", self.shape)
             _expect(
-                "tree" not in self.modes, "modes", "no tree: synthetic acceptance knows chains only", "tree"
+                not TREES & set(self.modes),
+                "modes",
+                "no trees: synthetic acceptance knows chains only",
+                TREES,
             )
             longest = max(self.num_speculative_tokens, *self.native_tokens)
             rates = self.acceptance_rates
@@ -105,7 +110,7 @@ class SweepSettings:
         for mode in self.modes:
             if mode == "native":
                 found += [(f"native-{k}", mode, k) for k in self.native_tokens]
-            elif mode == "tree":
+            elif mode in TREES:
                 found.append((mode, mode, self.tree.nodes))
             else:
                 found.append((mode, mode, 0 if mode == "none" else self.num_speculative_tokens))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_eagle3.evaluation.model_shapes import SHAPES, pseudo_tokens
-from vllm_eagle3.evaluation.sweep.settings import SweepSettings
+from vllm_eagle3.evaluation.sweep.settings import TREES, SweepSettings
 from vllm_eagle3.prompts import load_prompts
 from vllm_eagle3.runner.engine_memory import NotEnoughMemoryError, memory_arguments
 
@@ -58,9 +58,8 @@ def engine_arguments(name: str, settings: SweepSettings) -> dict[str, Any]:
         speculative["synthetic_acceptance_rates"] = list(settings.acceptance_rates[:drafts])
     if mode == "adaptive":
         speculative["enable_adaptive_verification"] = True
-    options: dict[str, Any] = {"policy": "auto" if mode == "auto" else "fixed"}
-    if mode == "tree":
-        options["tree"] = asdict(settings.tree)
+    options: dict[str, Any] = {"policy": "auto" if mode.startswith("auto") else "fixed"}
+    options["tree"] = asdict(settings.tree) if mode in TREES else None
     return arguments | {"speculative_config": speculative, "additional_config": {"eagle3": options}}
 
 

@@ -32,6 +32,24 @@ class CPUTreeSpeculator(TreeSpeculator, CPUSpeculator):
             return None
         return TreeDraws(self.model, self.tree, tree_state, self.scratch_keys.dtype)
 
+    @property
+    def grows(self) -> bool:
+        """Whether this step grows trees. Chains are made as CPUSpeculator makes them, which may stop early."""
+        return self.shape.width > 1 or (self.draws is not None and self.draws.active)
+
+    def first_drafts(self, budget: int) -> int:
+        return super().first_drafts(budget) if self.grows else budget
+
+    def _grow(self, input_batch: Any, nodes: int, attend: bool) -> None:
+        if self.grows:
+            super()._grow(input_batch, nodes, attend)
+            return
+        batch = input_batch.num_reqs
+        chains, parents = self.draft_tokens[:batch, :nodes], self.parents[:batch, :nodes]
+        missing = chains == NOT_DRAFTED
+        parents.copy_(torch.arange(nodes)).masked_fill_(missing, UNUSED)
+        chains.masked_fill_(missing, 0)
+
     def mark_unused(self, drafts: torch.Tensor, requests: torch.Tensor) -> None:
         """Unused nodes become NOT_DRAFTED, so that the scheduler does not have them verified."""
         if self.tree_state is not None and not self.vllm_config.scheduler_config.async_scheduling:

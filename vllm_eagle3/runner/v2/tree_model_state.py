@@ -69,7 +69,9 @@ class TreeModelState(DefaultModelState):
         scheduled = input_batch.num_scheduled_tokens[:batch]
         # A CUDA graph of single rows is for steps without drafts.
         captures_trees = kwargs.get("for_capture", False) and int(scheduled.max()) > 1
-        if not (has_drafts or captures_trees):
+        step = self.tree_state.step
+        assert step is not None
+        if not captures_trees and (step.linear or not has_drafts):
             return metadata  # no trees: stock attention
         layers = self.vllm_config.compilation_config.static_forward_context
         masked: dict[int, Any] = {}
@@ -132,7 +134,7 @@ class TreeModelState(DefaultModelState):
     ) -> None:
         """Commit: the KV of the accepted path goes to the slots that follow the root."""
         step = self.tree_state.step
-        if step is None or not step.has_drafts:
+        if step is None or step.linear or not step.has_drafts:
             return
         drafts = slice(1, self.max_depth + 1)
         linear, accepted = step.rows[:, drafts], self.tree_state.path_rows()[:, drafts]

@@ -150,7 +150,7 @@ class TreeSpeculator(Eagle3Speculator):
         budget = self.num_speculative_steps if num_speculative_tokens is None else num_speculative_tokens
         self.shape = self.shapes.get(budget) or largest_tree(self.num_speculative_steps, self.tree)
         trees = None if dummy_run else self.tree_state
-        if trees is not None and trees.step is not None and trees.step.has_drafts:
+        if trees is not None and trees.step is not None and trees.step.has_drafts and not trees.step.linear:
             path = accepted_rows(input_batch, trees.path_rows(), self.deepest)
             attn_metadata, slot_mappings = self._path_metadata(path.batch)
             input_batch = path.batch
@@ -162,7 +162,7 @@ class TreeSpeculator(Eagle3Speculator):
             self.draws.begin(requests[:0] if trees is None else requests, self.shape.width)
         first = super().propose(
             input_batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_sampled,
-            num_rejected, *args, dummy_run=dummy_run, num_speculative_tokens=min(budget, 1), **kwargs,
+            num_rejected, *args, dummy_run=dummy_run, num_speculative_tokens=self.first_drafts(budget), **kwargs,
         )  # fmt: skip
         if budget == 0:
             return first
@@ -190,6 +190,10 @@ class TreeSpeculator(Eagle3Speculator):
         if trees is not None:
             self.mark_unused(drafts, requests)
         return drafts
+
+    def first_drafts(self, budget: int) -> int:
+        """How many drafts the chain has that is made before trees grow: of its first draft step, trees grow."""
+        return min(budget, 1)
 
     def mark_unused(self, drafts: torch.Tensor, requests: torch.Tensor) -> None:
         """Unused nodes have token 0: what is promised to the scheduler is read as it is."""

@@ -27,6 +27,7 @@ class TreeStep:
     rows: torch.Tensor  # int64 [batch, nodes + 1], row of each node in the batch
     slot_mappings: torch.Tensor  # int64 [kv_cache_groups, tokens], slots of the linear positions
     has_drafts: bool
+    linear: bool = False  # whether every tree is known to be a chain, so that the rows are a sequence
 
 
 class TreeState:
@@ -50,6 +51,7 @@ class TreeState:
         self.parents = zeros(requests, nodes + 1) + UNUSED  # column 0, the root's, is ignored
         self.depth = zeros(requests, nodes + 1)
         self.path = self.node_ids.repeat(requests, 1)  # node at each depth
+        self.linear = torch.ones(requests, dtype=torch.bool, device=device)  # on a CPU: trees that are chains
         self.chain_only = torch.zeros(requests, dtype=torch.bool, device=device)
         self.drawn = torch.zeros(requests, dtype=torch.bool, device=device)  # requests whose nodes are drawn
         self.expanded = zeros(requests, nodes + 1) - 1  # as `tree.drawn.DrawnTrees.expanded`
@@ -65,6 +67,7 @@ class TreeState:
     def add_request(self, request: int, chain_only: bool, drawn: bool) -> None:
         """Clear the row of a new request: the request that had it before may have left a tree."""
         self.parents[request] = UNUSED
+        self.linear[request] = True
         self.chain_only[request] = chain_only
         self.drawn[request] = drawn and self.draws is not None
 
@@ -92,7 +95,9 @@ class TreeState:
         int64 [tokens] and [kv_cache_groups, tokens], what vLLM gave the rows as if each tree were a chain.
         """
         rows, used = self.node_rows(roots, counts)
-        self.step = TreeStep(requests, rows, slot_mappings, has_drafts)
+        # On a GPU, finding out would wait for the device.
+        linear = rows.device.type == "cpu" and bool(self.linear[requests].all())
+        self.step = TreeStep(requests, rows, slot_mappings, has_drafts, linear)
         depth, bits = ancestor_bits(self.parents[requests])
         self.depth[requests] = depth.long()
         self.path[requests] = self.node_ids
@@ -113,6 +118,9 @@ class TreeState:
 
     def record_growth(self, requests: torch.Tensor, parents: torch.Tensor) -> None:
         """Keep new trees: parents int64 [batch, columns], node i + 1 in column i; the missing columns are unused."""
+        if parents.device.type == "cpu":
+            follows = parents == self.node_ids[: parents.shape[1]]
+            self.linear[requests] = (follows | (parents == UNUSED)).all(dim=1)
         missing = self.parents.shape[1] - 1 - parents.shape[1]
         self.parents[requests] = torch.nn.functional.pad(parents, (1, missing), value=UNUSED)
 
