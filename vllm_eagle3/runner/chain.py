@@ -1,4 +1,4 @@
-"""How a chain of drafts is made on a CPU, by either runner: one draft step after another over the drafting rows."""
+"""Makes a chain of drafts on a CPU, for both runners: one draft step after another for the rows that draft."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -6,18 +6,18 @@ from typing import Any, NamedTuple
 import torch
 
 MIN_CHAIN_PROBABILITY = 0.2
-"""Where chains may stop early, a request stops drafting when the product of its draft probabilities falls below this.
+"""If chains may stop early, a request stops drafting when the product of its draft probabilities falls below this.
 See docs/policy.md."""
 
 NextStep = Callable[[int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-"""(index of the step, its input ids [n], what the last step handed on [n, h]) -> what `model.step` returns."""
+"""(index of the step, its input ids [n], the last step's output for the next one [n, h]) -> result of `model.step`."""
 
 
 class Chain(NamedTuple):
     """Drafts of n requests."""
 
-    ids: list[torch.Tensor]  # of each step, [n]
-    lengths: torch.Tensor  # int64 [n], how many of them each request keeps
+    ids: list[torch.Tensor]  # drafts of each step, [n]
+    lengths: torch.Tensor  # int64 [n], how many drafts each request keeps
 
 
 def draft_chain(
@@ -28,14 +28,14 @@ def draft_chain(
     sample: Callable[[int, torch.Tensor], torch.Tensor],
     may_stop: bool,
 ) -> Chain:
-    """Up to `most` drafts a request.
+    """Make up to `most` drafts for each request.
 
     Args:
         model: the draft.
-        first: what `model.step` returned for the rows that draft, (norm(a), state for the next step).
-        most: drafts a request at most, 1 or more.
-        next_step: makes one more step.
-        sample: ids [n] from norm(a) [n, h] of a step, where chains may not stop or cannot any more.
+        first: the result of `model.step` for the rows that draft: (norm(a), state for the next step).
+        most: the most drafts of a request, at least 1.
+        next_step: runs one more step.
+        sample: ids [n] from norm(a) [n, h] of a step. Used if no chain may stop, and for the last step.
         may_stop: whether a chain ends with the draft that takes its probability below MIN_CHAIN_PROBABILITY.
     """
     hidden_states, state = first

@@ -1,9 +1,9 @@
 """How much memory an engine that this project starts needs, and whether that much is free.
 
-By default vLLM asks for 92 % of a GPU or of a CPU's memory node and stops where less is free. The engines of the
-demo, the evaluation, the sweep and the training know their batch and length, so they ask for what these need:
-`kv_cache_memory_bytes`, beside which vLLM ignores its share of the memory on a CPU. On a GPU it still requires
-`gpu_memory_utilization` of the whole to be free at the start, so that share is given as well.
+By default vLLM requires 92 % of a GPU, or of a CPU's memory node, and stops if less is free. The demo, the evaluation,
+the sweep and the training know their batch and length, so they ask only for what these need, by
+`kv_cache_memory_bytes`. On a CPU vLLM then ignores its share of the memory. On a GPU it still requires that
+`gpu_memory_utilization` of the whole memory is free at the start, so that share is set as well.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ import torch
 
 GB = 10**9
 BLOCK = 128
-"""Tokens in a block of the KV cache, at most: 128 on a CPU, 16 on most GPUs."""
+"""The most tokens in a block of the KV cache: 128 on a CPU, 16 on most GPUs."""
 WORKING_BYTES = {"cpu": int(1.5 * GB), "cuda": 4 * GB}
 """Python, PyTorch and vLLM themselves, activations, compiled code and CUDA graphs."""
 WEIGHT_FILES = ("*.safetensors", "*.bin")
@@ -27,12 +27,12 @@ class NotEnoughMemoryError(RuntimeError):
 
 @dataclass(frozen=True)
 class FreeMemory:
-    """What a device has, in bytes."""
+    """The memory of a device, in bytes."""
 
     free: int
     total: int
     place: str
-    """What the memory belongs to, as a message names it."""
+    """The name of the device in messages."""
     device: str
     """"cpu" or "cuda"."""
 
@@ -66,19 +66,19 @@ def memory_arguments(
     Args:
         target: directory or name of the target.
         draft: directory or name of the draft; None for an engine that does not speculate.
-        batch_size: most requests at a time.
+        batch_size: the most requests at a time.
         max_model_len: longest prompt and answer, in tokens.
         drafts: tokens drafted in one step for each request.
         dtype: vLLM's `dtype`.
-        least: requests of full length that have to fit, where vLLM may make the others wait; None for all of them.
+        least: how many requests of full length must fit at the same time (vLLM lets others wait); None for all.
 
     Raises:
-        NotEnoughMemoryError: less is free; the message says what is needed, what is free and what to change.
+        NotEnoughMemoryError: less is free. The message says what is needed, what is free and what to change.
     """
     from transformers import AutoConfig, PretrainedConfig
 
     config = AutoConfig.from_pretrained(target).get_text_config().to_dict()
-    # vLLM runs checkpoints of any dtype in 16 bits when it may choose.
+    # With dtype "auto", vLLM runs checkpoints of any dtype in 16 bits.
     width = 2 if dtype == "auto" else getattr(torch, dtype).itemsize
     configs = [config]
     if draft is not None:
@@ -106,7 +106,7 @@ def memory_arguments(
 def kv_cache_bytes(configs: Sequence[Mapping[str, Any]], batch_size: int, length: int, width: int) -> int:
     """Bytes of the keys and values of `batch_size` requests of `length` tokens.
 
-    Every layer counts as much as the widest one, because vLLM gives all layers blocks of the same size. A model with
+    Each layer counts as much as the widest layer, because vLLM gives all layers blocks of the same size. A model with
     compressed or windowed attention needs less than this.
 
     Args:
@@ -122,11 +122,11 @@ def kv_cache_bytes(configs: Sequence[Mapping[str, Any]], batch_size: int, length
 
 
 def weight_bytes(folder: Path, width: int) -> int:
-    """Bytes of a checkpoint in memory; 0 for one that has no files on this machine (a name, random weights).
+    """Bytes of a checkpoint in memory. 0 if it has no files on this machine (a model's name, random weights).
 
     Args:
         folder: its directory.
-        width: bytes of a number in the engine's dtype; the files are taken to have two a number.
+        width: bytes per number in the engine's dtype. The files are assumed to have two bytes per number.
     """
     for pattern in WEIGHT_FILES:
         sizes = [file.stat().st_size for file in folder.glob(pattern)]

@@ -1,4 +1,4 @@
-"""The part of the ledger about Triton's interpreter, which stands in for a GPU in tests: see `triton_interpreter`."""
+"""The part of the ledger about Triton's interpreter, which replaces a GPU in tests: see `triton_interpreter`."""
 
 from vllm_eagle3.runner.upstream import ModuleChange, UpstreamSignature
 

@@ -1,4 +1,4 @@
-"""The lines that the log has at start-up: which proposer drafts, and what a draft tree costs."""
+"""Writes the log lines at start-up: which proposer drafts, and how much memory draft trees reserve."""
 
 import logging
 from typing import Any
@@ -35,7 +35,7 @@ def report(config: DraftConfig, runner: str, vllm_config: Any, form: str) -> Non
 
 
 def report_lookahead(vllm_config: Any, tree: TreeOptions) -> None:
-    """Log a tree's shape, and what it reserves: slots in the KV cache and tokens of the scheduler's budget."""
+    """Log a tree's shape, and what it reserves: slots of the KV cache and tokens of the scheduler's budget."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     dtype = vllm_config.cache_config.cache_dtype
     width = model.dtype.itemsize if dtype == "auto" else 4 if dtype == "float32" else 2
@@ -62,7 +62,7 @@ def report_lookahead(vllm_config: Any, tree: TreeOptions) -> None:
 
 
 def grammar_bitmask_bytes(vllm_config: Any) -> int:
-    """What the bitmask of structured outputs takes on the device: a bit a token, a row for each node of a request."""
+    """Bytes of the bitmask of structured outputs on the device: one bit per token, one row per node of a request."""
     rows = vllm_config.scheduler_config.max_num_seqs * (
         vllm_config.speculative_config.num_speculative_tokens + 1
     )
@@ -70,7 +70,7 @@ def grammar_bitmask_bytes(vllm_config: Any) -> int:
 
 
 def scratch_bytes(vllm_config: Any, tree: TreeOptions) -> int:
-    """What the keys and values of a growing tree take: all levels but the last, for every request."""
+    """Bytes of the keys and values of growing trees: all levels but the last, for every request."""
     draft, parallel = vllm_config.speculative_config.draft_model_config, vllm_config.parallel_config
     nodes = vllm_config.scheduler_config.max_num_seqs * (tree.depth - 1) * tree.topk
     return 2 * nodes * draft.get_num_kv_heads(parallel) * draft.get_head_size() * draft.dtype.itemsize

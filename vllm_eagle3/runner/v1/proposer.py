@@ -39,20 +39,21 @@ class Eagle3Proposer(EagleProposer):
         self.may_stop = (
             self.direct
             and in_charge(vllm_config)
-            and not vllm_config.scheduler_config.async_scheduling  # it has promised the drafts already
+            and not vllm_config.scheduler_config.async_scheduling  # it has announced the number of drafts already
             and vllm_config.parallel_config.world_size == 1  # otherwise no rank sees all logits
         )
 
     def load_model(self, target_model: torch.nn.Module) -> None:
         super().load_model(target_model)
         if self.draft_config is not None:
-            # A target with LoRA shares a wrapped embedding, which expects the rows of the target's step.
+            # A target with LoRA shares an embedding whose wrapper expects the rows of the target's step.
             model = self.model.model
             model.embed_tokens = getattr(model.embed_tokens, "base_layer", model.embed_tokens)
             form = "graphs" if not self.direct else "direct, int8" if self.model.int8 else "direct"
             report(self.draft_config, "V1", self.vllm_config, form)
         if self.direct:
-            # Weights that loading replaced by packed ones print an error if they are freed while torch.compile traces.
+            # Loading replaced some weights by packed ones. The old ones print an error if they are freed while
+            # torch.compile traces.
             gc.collect()
 
     def _greedy_sample(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -76,7 +77,7 @@ class Eagle3Proposer(EagleProposer):
         )
         for seeded in (
             sampling_metadata.generators
-        ):  # upstream's draws know no seeds: these requests draft the best token
+        ):  # upstream draws without seeds, so requests with a seed draft the best token
             ids[seeded] = draft_probs[seeded].argmax()
             draft_probs[seeded] = 0.0
             draft_probs[seeded, ids[seeded]] = 1.0
@@ -100,9 +101,9 @@ class Eagle3Proposer(EagleProposer):
         num_rejected_tokens_gpu: torch.Tensor | None = None,
         slot_mappings: Any = None,
     ) -> torch.Tensor | list[list[int]]:
-        """Draft ids [batch, num_speculative_tokens], or one list a request where chains may stop early.
+        """Draft ids [batch, num_speculative_tokens], or one list per request if chains may stop early.
 
-        Arguments as upstream's.
+        The arguments are upstream's.
         """
         if not self.direct or self.supports_mm_inputs or self.uses_mrope:
             return super().propose(
@@ -142,7 +143,7 @@ class Eagle3Proposer(EagleProposer):
         sampling_metadata: SamplingMetadata,
         num_rejected: torch.Tensor | None,
     ) -> torch.Tensor | list[list[int]]:
-        """As `propose`, one step over all rows and then one step a draft over the rows that draft.
+        """As `propose`: one step over all rows, then one step per draft over the rows that draft.
 
         token_ids, positions, g: of all n rows of the batch, g [n, h]. next_token_ids [batch]: the last token of each
         request. rows [batch]: the row of each request that drafts. num_rejected: drafts that each request rejected.
@@ -166,11 +167,11 @@ class Eagle3Proposer(EagleProposer):
         slot_mapping: torch.Tensor,
         drafting: CommonAttentionMetadata,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the draft's keys and values of all rows; returns (norm(a), next g) of the rows that draft, [batch, h].
+        """Write the draft's keys and values of all rows. Returns (norm(a), next g) of the rows that draft, [batch, h].
 
-        Without drafts to make, no row drafts: the step only keeps the draft's KV cache level with the target's.
+        If there are no drafts to make, no row drafts, and the step only extends the draft's KV cache as the target's.
         """
-        # [a1, b1, b2, c1, c2] -> [a2, b2, b3, c2, c3]: each row joins a state with the token after it.
+        # [a1, b1, b2, c1, c2] -> [a2, b2, b3, c2, c3]: each row has a state and the token after it.
         input_ids = torch.roll(token_ids, -1)
         input_ids[rows] = next_token_ids.to(input_ids.dtype)
         drafts = self.num_speculative_tokens > 0
@@ -226,7 +227,7 @@ class Eagle3Proposer(EagleProposer):
     def _one_query_per_request(
         self, cad: CommonAttentionMetadata, num_rejected: torch.Tensor | None
     ) -> CommonAttentionMetadata:
-        """The batch as the drafting rows see it: one query a request, behind its accepted tokens."""
+        """The attention metadata of the rows that draft: one query per request, after its accepted tokens."""
         num_reqs = cad.num_reqs
         return replace(
             cad,
@@ -241,7 +242,7 @@ class Eagle3Proposer(EagleProposer):
         return self.build_per_group_and_layer_attn_metadata(cad, draft_index)[0][0]
 
     def dummy_run(self, num_tokens: int, *args: Any, **kwargs: Any) -> None:
-        """Warm-up and profiling. Runs the layer without attention, and so compiles nothing that is never used."""
+        """Warm-up and profiling. Runs the layer without attention, and compiles nothing that serving does not use."""
         if not self.direct or self.supports_mm_inputs or self.uses_mrope:
             return super().dummy_run(num_tokens, *args, **kwargs)
         with set_forward_context(None, self.vllm_config, num_tokens=num_tokens):
