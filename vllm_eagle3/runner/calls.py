@@ -9,7 +9,7 @@ _CPU_RESOURCES = "vllm.utils.cpu_resource_utils"
 CALLED = (
     # How much memory is free.
     UpstreamSignature(_CPU_RESOURCES, "get_allowed_cpu_list", ""),
-    UpstreamSignature(_CPU_RESOURCES, "get_visible_memory_node", ""),
+    UpstreamSignature(_CPU_RESOURCES, "get_visible_memory_node", "", also=("assigned_node_ids",)),
     UpstreamSignature(_CPU_RESOURCES, "get_memory_node_info", "node_id"),
     # Attributes that are set on an upstream object.
     UpstreamSignature("vllm.v1.core.sched.scheduler", "Scheduler.dynamic_sd_lookup", "list[int] | None"),

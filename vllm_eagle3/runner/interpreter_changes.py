@@ -4,6 +4,15 @@ from vllm_eagle3.runner.upstream import ModuleChange, UpstreamSignature
 
 _INTERPRETER = "vllm_eagle3.runner.triton_interpreter"
 _REJECTION_UTILS = "vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils"
+_STATS_PARAMETERS = (
+    "target_local_argmax_ptr, target_local_argmax_stride, target_local_max_ptr, "
+    "target_local_max_stride, target_local_sumexp_ptr, target_local_sumexp_stride, draft_local_max_ptr, "
+    "draft_local_max_stride, draft_local_sumexp_ptr, draft_local_sumexp_stride, target_logits_ptr, "
+    "target_logits_stride, draft_logits_ptr, draft_logits_stride_0, draft_logits_stride_1, "
+    "expanded_idx_mapping_ptr, expanded_local_pos_ptr, temp_ptr, vocab_size, {}, "
+    "BLOCK_SIZE, HAS_DRAFT_LOGITS"
+)
+
 INTERPRETER_CHANGES = (
     ModuleChange(
         module="triton.backends",
@@ -77,12 +86,8 @@ INTERPRETER_CHANGES = (
             UpstreamSignature(
                 _REJECTION_UTILS,
                 "_compute_local_logits_stats_kernel",
-                "target_local_argmax_ptr, target_local_argmax_stride, target_local_max_ptr, "
-                "target_local_max_stride, target_local_sumexp_ptr, target_local_sumexp_stride, draft_local_max_ptr, "
-                "draft_local_max_stride, draft_local_sumexp_ptr, draft_local_sumexp_stride, target_logits_ptr, "
-                "target_logits_stride, draft_logits_ptr, draft_logits_stride_0, draft_logits_stride_1, "
-                "expanded_idx_mapping_ptr, expanded_local_pos_ptr, temp_ptr, vocab_size, num_speculative_steps, "
-                "BLOCK_SIZE, HAS_DRAFT_LOGITS",
+                _STATS_PARAMETERS.format("num_speculative_steps"),
+                also=(_STATS_PARAMETERS.format("num_logits"),),  # vLLM 0.33
             ),
             UpstreamSignature(
                 _REJECTION_UTILS,

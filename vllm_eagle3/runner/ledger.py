@@ -124,8 +124,8 @@ PATCHES = (
         name="VllmConfig._validate_v2_model_runner",
         replacement="vllm_eagle3.runner.hooks.native_v2:validate_v2_model_runner",
         upstream=UpstreamSignature("vllm.config.vllm", "VllmConfig._validate_v2_model_runner", "self"),
-        reason="it demands Triton, whose kernels have CPU forms here (runner/v2/cpu)",
-        remove_when="vLLM has CPU forms of them (vllm-project/vllm#55847)",
+        reason="in vLLM 0.32 it demands Triton, whose kernels have CPU forms here (runner/v2/cpu)",
+        remove_when="vLLM 0.32 is no longer supported: 0.33 does not demand Triton here",
     ),
     Patch(
         module="vllm.engine.arg_utils",

@@ -82,10 +82,14 @@ def validate_v2_model_runner(self: VllmConfig) -> None:
 
 
 def register_cpu_kernels(_: ModuleType) -> None:
-    """Called once vLLM has imported its V2 runner for CPUs, which only a worker that will use it does."""
+    """Register the CPU forms. Called when vLLM has imported its V2 runner for CPUs, which only its workers do.
+
+    In other versions of vLLM the kernels have other parameters, and vLLM's own code runs or fails there.
+    """
     from vllm_eagle3.runner.v2.cpu.register import register
 
-    register()
+    if vllm_version.startswith(WRITTEN_FOR):
+        register()
 
 
 def hide_attributes(ffi: ModuleType) -> None:
