@@ -16,7 +16,7 @@ from vllm_eagle3.kernels import concat_fc
 
 
 def bench(model: ModelShape, rows: int, options: Options, roofline: Roofline) -> dict[str, Any]:
-    """Times of every variant at one shape."""
+    """Times of all variants at one shape."""
     h, ht, item = model.hidden, model.target_hidden, options.dtype.itemsize
     count = copies(options.device, 3 * h * ht * item)
     weights = [normal(h, 3 * ht, like=options, scale=(3 * ht) ** -0.5) for _ in range(count)]

@@ -1,4 +1,6 @@
-"""Chains on a CPU, each side at its best K of 1 to 5: no speculation, stock eagle3 and ours, taking turns (bf16).
+"""Chains on a CPU in bf16: no speculation, vLLM's own eagle3 and this project's chain, each at its best K of 1 to 5.
+
+The engines are measured in turn.
 
 python benchmarks/bench_cpu_chain.py [--json benchmarks/results/cpu_chain.json]
 """
@@ -17,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def best(results: list[dict[str, Any]], mode: str, size: int) -> dict[str, Any]:
-    """The row of `mode` with the highest ratio to no speculation (measured beside it in the same repeats)."""
+    """The row of `mode` with the highest ratio to no speculation, which was measured in the same repeats."""
     rows = [row for row in results if row["mode"] == mode and row["batch_size"] == size]
     return max(rows, key=lambda row: row["ratio_to_none"])
 

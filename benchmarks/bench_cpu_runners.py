@@ -1,6 +1,6 @@
-"""vLLM's two model runners on a CPU, taking turns: V2 over V1, without speculation and with chains of ours (bf16).
+"""vLLM's two model runners on a CPU in bf16: V2 / V1, without speculation and with this project's chains.
 
-One process an engine. Within a repeat each batch size is measured on both, the first one alternating.
+Each engine has a process. In each repeat every batch size is measured on both; the runner that begins alternates.
 
 python benchmarks/bench_cpu_runners.py [--modes none auto] [--json benchmarks/results/cpu_runners.json]
 """
@@ -25,7 +25,7 @@ RUNNERS = {"V1": "0", "V2": "1"}
 
 
 def compare(mode: str, settings: SweepSettings) -> Iterator[list[dict[str, Any]]]:
-    """After every repeat, the rows of one mode so far: a batch size each, with the ratio of every repeat."""
+    """Yield the rows of one mode after each repeat: one row per batch size, with the ratios of all repeats so far."""
     found: dict[tuple[str, int], list[Measurement]] = {}
     with ExitStack() as stack:
         file = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "settings.json"
@@ -36,7 +36,7 @@ def compare(mode: str, settings: SweepSettings) -> Iterator[list[dict[str, Any]]
                 mode, mode, file, {"VLLM_USE_V2_MODEL_RUNNER": asked, "EAGLE3_DISABLE": "0"}
             )
             stack.callback(workers[runner].close)
-        for repeat in range(settings.repeats + 1):  # the first one warms up
+        for repeat in range(settings.repeats + 1):  # the first repeat is a warm-up
             for size in settings.batch_sizes:
                 for runner in list(RUNNERS) if repeat % 2 else list(RUNNERS)[::-1]:
                     measured = workers[runner].measure(size, repeat)
@@ -74,7 +74,7 @@ def main() -> None:
     target, draft = default_pair()
     data = str(ROOT / "tests" / "data" / "prompts.jsonl")
     results: list[dict[str, Any]] = []
-    if args.json.is_file():  # modes may be measured in runs of their own
+    if args.json.is_file():  # other modes may have been measured by other runs
         results = json.loads(args.json.read_text(encoding="utf-8"))["results"]
     print(
         "| mode | batch | V1 tokens/s | V2 tokens/s | V2 / V1 (median, range) |\n| --- | --- | --- | --- | --- |"

@@ -1,14 +1,14 @@
-"""Tree attention of one layer on a CPU: this project's C++ kernel against what else could compute it.
+"""Tree attention of one layer on a CPU: this project's C++ kernel and other ways to compute it.
 
 Variants, all on the paged cache of vLLM's CPU attention (its layout `vec`):
 
 - native: kernels/cpu, the tree's rows.
 - gather_sdpa: keys and values gathered by torch, then scaled_dot_product_attention with a mask.
 - flex: the same gather, then compiled flex_attention with the mask as a score modification.
-- vllm_chain: vLLM's own kernel on a chain of 6 rows a request: what a step with a chain of 5 pays.
-- vllm_one: vLLM's own kernel on one row a request: what plain decoding pays.
+- vllm_chain: vLLM's own kernel on 6 rows per request, as in a step with a chain of 5.
+- vllm_one: vLLM's own kernel on one row per request, as in plain decoding.
 
-`rows` is the number of requests. The mask, the gather's index and vLLM's schedule are made once and not timed.
+`rows` is the number of requests. The mask, the gather's index and vLLM's schedule are made once and are not timed.
 
     python benchmarks/bench_cpu_tree_attention.py --models SmolLM2-135M Llama-3.1-8B --threads 1 --out <JSON file>
 """
@@ -29,8 +29,8 @@ from vllm_eagle3.kernels.cpu import layout as layouts
 
 BLOCK = 128
 CONTEXTS, DRY_CONTEXTS = (128, 512, 2048), (40,)
-NODES = (7, 17, 61)  # rows of a tree, the root included
-COMPILED_NODES = 17  # of which flex is tried: every shape is a compilation
+NODES = (7, 17, 61)  # rows of a tree with its root
+COMPILED_NODES = 17  # the size for which flex is timed, since each shape is compiled
 CHAIN = 6
 Call = Callable[[int], object]
 
@@ -70,7 +70,7 @@ class Case:
         )  # fmt: skip
 
     def _gathered(self) -> tuple[Callable[[], tuple[Tensor, Tensor, Tensor]], Tensor]:
-        """(query, keys and values of all requests, as attention wants them), and which keys a row sees."""
+        """Query, keys and values of all requests in the shapes of torch's attention, and the keys that a row sees."""
         index = (self.table[:, None].long() * self.kv_heads + torch.arange(self.kv_heads)[:, None]).flatten()
         group, length = self.heads // self.kv_heads, self.table.shape[1] * BLOCK
         seen = torch.zeros(self.requests, self.nodes, length, dtype=torch.bool)
@@ -103,7 +103,7 @@ class Case:
 
         gather, seen = self._gathered()
         bias = torch.zeros(seen.shape, dtype=self.dtype).masked_fill_(~seen, float("-inf"))[:, 0]
-        torch._dynamo.reset()  # a ninth shape would not be compiled any more
+        torch._dynamo.reset()  # torch stops compiling after eight shapes
         compiled = torch.compile(flex_attention, dynamic=False)
 
         def score_mod(score: Tensor, batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ def bench(model: ModelShape, requests: int, context: int, nodes: int, options: O
 
 
 def _same_answers(calls: dict[str, Call | str]) -> None:
-    """Raises AssertionError where two variants of the tree disagree."""
+    """Raise AssertionError if two variants of the tree give different results."""
     native = calls["native"](0)  # type: ignore[operator]
     for name in ("gather_sdpa", "flex"):
         call = calls.get(name)

@@ -1,7 +1,8 @@
-"""The draft phase inside an engine: the proposer's `propose`, K = 4, this project's against stock vLLM's.
+"""The draft phase inside an engine with K = 4: `propose` of this project's proposer and of vLLM's own.
 
-Random weights of a real model's shape; only decoding steps of full batches count. On a GPU the V2 runner with its
-CUDA graphs, timed with events on the stream; on a CPU the V1 runner, timed by the clock. Each side has a process.
+The weights are random in a real model's shape, and only decoding steps of full batches count. On a GPU this times the
+V2 runner and its CUDA graphs with events on the stream; on a CPU it times the V1 runner by the clock. Each side has a
+process.
 
     python benchmarks/bench_draft_phase.py --out benchmarks/results/draft_phase_<device>.json
 """
@@ -27,13 +28,13 @@ from vllm_eagle3.evaluation.model_shapes import SHAPES, write_shape
 from vllm_eagle3.provenance import provenance
 from vllm_eagle3.runner.engine_memory import memory_arguments
 
-DRAFTS, TARGET = 4, 1.15  # stock's time over ours, at least
-WARM_UP = 10  # decoding steps before those that count
-SIDES = {"ours": "chain", "stock": "native"}  # and the mode whose environment each has
+DRAFTS, TARGET = 4, 1.15  # vLLM's time / this project's is to be at least this
+WARM_UP = 10  # decoding steps before the timed ones
+SIDES = {"ours": "chain", "stock": "native"}  # with the mode whose environment each side uses
 
 
 class Stopwatch:
-    """Stands before a proposer's `propose` and keeps the time of every call."""
+    """Wraps a proposer's `propose` and keeps the time of each call."""
 
     def __init__(self, propose: Callable[..., Any]) -> None:
         self.propose, self.marks = propose, list[tuple[Any, Any]]()
@@ -53,7 +54,7 @@ class Stopwatch:
         return event
 
     def milliseconds(self) -> list[float]:
-        """Of every call so far, which are then forgotten."""
+        """The times of all calls since the last call of this method."""
         marks, self.marks = self.marks, []
         if not self.cuda:
             return [1e3 * (stop - start) for start, stop in marks]
@@ -62,7 +63,7 @@ class Stopwatch:
 
 
 def start_stopwatch(worker: Any) -> tuple[Stopwatch, str]:
-    """Put a stopwatch before the worker's proposer; returns it and the proposer's class."""
+    """Wrap the worker's proposer in a stopwatch. Returns the stopwatch and the name of the proposer's class."""
     runner = worker.model_runner
     proposer = runner.speculator if hasattr(runner, "speculator") else runner.drafter
     watch = proposer.propose = Stopwatch(proposer.propose)
@@ -72,7 +73,7 @@ def start_stopwatch(worker: Any) -> tuple[Stopwatch, str]:
 def measure(
     shape: str, batch_sizes: list[int], prompt_tokens: int, steps: int, eager: bool
 ) -> dict[str, Any]:
-    """{"proposer", "cudagraph_mode", "ms": {batch size: times of `steps` decoding steps}} of this process' engine."""
+    """{"proposer", "cudagraph_mode", "ms": {batch size: times of `steps` decoding steps}} of an engine started here."""
     most = prompt_tokens + (steps + WARM_UP + 20) * (DRAFTS + 1)
     llm = start_engine(shape, batch_sizes, most, eager)
     [(watch, proposer)] = llm.collective_rpc(start_stopwatch)
@@ -90,7 +91,7 @@ def start_engine(shape: str, batch_sizes: list[int], max_model_len: int, eager: 
     """An engine with random weights of `shape` and a draft for it."""
     from vllm import LLM
 
-    # Both sides get the same CUDA graphs: stock vLLM's own sizes would end at fewer requests.
+    # Both sides get the same CUDA graphs. vLLM's own sizes would end at fewer requests.
     graphs = (
         {} if eager else {"cudagraph_capture_sizes": sorted({(DRAFTS + 1) * size for size in batch_sizes})}
     )
@@ -149,7 +150,7 @@ def time_batch(
 
 
 def run_side(side: str, arguments: list[str]) -> dict[str, Any]:
-    """`measure` in a process of its own. Raises RuntimeError if it fails; its messages are on stderr."""
+    """`measure` in a separate process. Raises RuntimeError if it fails; its messages are on stderr."""
     env = environment(SIDES[side]) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     if torch.cuda.is_available():
         env["VLLM_USE_V2_MODEL_RUNNER"] = "1"
@@ -163,7 +164,7 @@ def run_side(side: str, arguments: list[str]) -> dict[str, Any]:
 
 
 def result_rows(sides: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row a batch size: medians in milliseconds, and stock's over ours."""
+    """A row per batch size: medians in milliseconds, and vLLM's time divided by this project's."""
     rows = []
     for size, ours in sides["ours"]["ms"].items():
         stock = sides["stock"]["ms"][size]

@@ -1,4 +1,4 @@
-"""Draft head with top-k: `head_topk` against stock vLLM's scatter into the target vocabulary.
+"""The draft's head with top-k: `head_topk`, and vLLM's scatter into the target's vocabulary.
 
 python benchmarks/bench_head_topk.py --out benchmarks/results/head_topk_<device>.json
 """
@@ -19,7 +19,7 @@ TREE_K = 8
 
 
 def stock_argmax(x: Tensor, weight: Tensor, d2t: Tensor, vocab: int) -> Tensor:
-    """What vLLM's `Eagle3LlamaForCausalLM.compute_logits` and the greedy draft sampler do."""
+    """The work of vLLM's `Eagle3LlamaForCausalLM.compute_logits` and of its greedy draft sampler."""
     logits = F.linear(x, weight)
     targets = torch.arange(weight.shape[0], device=x.device) + d2t
     scattered = logits.new_full((x.shape[0], vocab), float("-inf"))
@@ -40,7 +40,7 @@ def unfused_topk(x: Tensor, weight: Tensor, d2t: Tensor) -> tuple[Tensor, Tensor
 
 
 def bench(model: ModelShape, rows: int, options: Options, roofline: Roofline) -> dict[str, Any]:
-    """Times of every variant at one shape."""
+    """Times of all variants at one shape."""
     h, v, item = model.hidden, model.draft_vocab, options.dtype.itemsize
     count = copies(options.device, v * h * item)
     weights = [normal(v, h, like=options, scale=h**-0.5) for _ in range(count)]

@@ -1,4 +1,4 @@
-"""Weight-only fp8 against bf16 for the draft's widest product, its head. CUDA only.
+"""fp8 weights and bf16 weights in the draft's largest matrix product, its head. CUDA only.
 
 python benchmarks/bench_linear_fp8.py --out benchmarks/results/linear_fp8_<device>.json
 """
@@ -15,7 +15,7 @@ from vllm_eagle3.kernels import linear_fp8, quant_fp8
 
 
 def bench(model: ModelShape, rows: int, options: Options, roofline: Roofline) -> dict[str, Any]:
-    """Times of every variant at one shape; the weight is the head, [draft_vocab, hidden]."""
+    """Times of all variants at one shape. The weight is the head, [draft_vocab, hidden]."""
     h, v = model.hidden, model.draft_vocab
     count = copies(options.device, v * h)
     weights = [normal(v, h, like=options, scale=h**-0.5) for _ in range(count)]

@@ -1,9 +1,9 @@
-"""Time of a graft: the look-up in both its forms, and the merge into a tree, by batch and length of the texts.
+"""Time of a graft: both forms of the look-up, and the merge into a tree, by batch size and length of the texts.
 
     OMP_NUM_THREADS=1 python benchmarks/bench_lookup.py --out benchmarks/results/lookup_cpu.json
 
-Texts are random ids; "few" draws them from 50 ids (many places match a little), "many" from 5,000.
-Variants take turns, thread CPU time on a CPU, CUDA events elsewhere.
+Texts are random ids: "few" draws them from 50 ids, so that many places match a little, "many" from 5,000.
+Variants are timed in turn, by the thread's CPU time on a CPU and by CUDA events elsewhere.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def microseconds(call: Callable[[], object], device: torch.device) -> float:
 def bench(
     batch: int, width: int, ids: int, repeats: int, device: torch.device
 ) -> dict[str, dict[str, float]]:
-    """Median, least and largest microseconds of a call for the whole batch, by variant."""
+    """Median, lowest and highest microseconds of a call for the whole batch, by variant."""
     tokens = torch.randint(0, ids, (batch, width), dtype=torch.int32, device=device)
     ends = torch.full((batch,), width, device=device)
     tree = torch.randint(0, ids, (batch, NODES), device=device)

@@ -1,16 +1,16 @@
-"""Trainer throughput and memory: a plain eager form, the trainer before it was made faster, and each thing that did.
+"""Throughput and memory of the trainer: a plain eager form, the trainer's first form, and each later improvement.
 
 python benchmarks/bench_training.py --target DIR --data rows.jsonl.gz [--batches 6] [--equal-tokens N] [--json FILE]
-Each arm is a process of its own that takes whole optimiser steps (AdamW) on the same batches: answer tokens per
-second of CPU time and thread, and peak memory, the target's included. Arms:
+Each arm is a separate process that takes whole optimiser steps (AdamW) on the same batches. It reports answer tokens
+per second of CPU time and thread, and peak memory with the target. Arms:
   eager     every row of every simulated step, one 0/1 mask over all keys, all logits kept by autograd
   before    7 simulated steps, the loss in chunks of plain operations, the target run for every batch
   compiled  the loss and its gradient as one compiled function
-  stored    and the target's states read from disk, as from the second epoch on
-  steps     and 3 simulated steps, as in the first stages of a recipe
-  share     and a third of the chains beyond the first of them
---equal-tokens N: instead, what `before` and `share` reach after the same N answer tokens from the same start: loss of
-5 simulated steps on held-out text, over seeds.
+  stored    in addition, the target's states are read from disk, as from the second epoch on
+  steps     in addition, only 3 simulated steps, as in the first stages of a recipe
+  share     in addition, only a third of the chains is simulated beyond step 1
+With --equal-tokens N it compares instead the results of `before` and `share` after the same N answer tokens from the
+same start: the loss of 5 simulated steps on held-out text, for several seeds.
 """
 
 import argparse
@@ -55,7 +55,7 @@ STORED = ("stored", "steps", "share")
 def eager_loss(
     model: DraftModel, batch: Batch, features: Features, head: TargetHead, options: LossOptions, *_: Any
 ) -> tuple[Tensor, Tensor]:
-    """The same scalar the plain way: every row of every step, one 0/1 mask over all keys, all logits kept."""
+    """The same scalar in a plain form: all rows of all steps, one 0/1 mask over all keys, all logits kept."""
     steps, total = options.steps, len(batch.tokens)
     layer, attn = model.draft_layer, model.draft_layer.self_attn
     chains = Chains.build(batch, steps)
@@ -105,7 +105,7 @@ def make(args: argparse.Namespace, arm: str, folder: Path, seed: int = 0) -> tup
 
 
 def patched(arm: str) -> Any:
-    """The loss of an arm in place of the trainer's."""
+    """A context in which the trainer uses the loss of an arm."""
     if arm == "eager":
         return patch.object(trainer, "ttt_loss", eager_loss)
     if arm == "before":
@@ -114,7 +114,7 @@ def patched(arm: str) -> Any:
 
 
 def measure(args: argparse.Namespace, arm: str) -> dict[str, Any]:
-    """Tokens per second of `--batches` optimiser steps, after one, and the process's peak memory in GB."""
+    """Tokens per second of `--batches` optimiser steps after a warm-up step, and the process's peak memory in GB."""
     with tempfile.TemporaryDirectory(dir=args.scratch) as folder, patched(arm):
         run, _ = make(args, arm, Path(folder))
         groups = run.plan[: args.batches + 1]

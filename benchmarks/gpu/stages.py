@@ -1,4 +1,4 @@
-"""The stages of benchmarks/gpu/run.sh: each a few commands with a time limit, results as JSON when it ends."""
+"""The stages of benchmarks/gpu/run.sh. Each runs a few commands within a time limit and then writes its results."""
 
 import argparse
 import json
@@ -20,8 +20,8 @@ HEAD = "SmolLM2-135M-Instruct-EAGLE3"
 SHARD_BYTES = 15 << 20
 CLI = [sys.executable, "-m", "vllm_eagle3.cli"]
 SIZES = "1,4,16,56,256"
-MINUTES_A_CALL = 9  # hosts that are lent by the command end one after ten
-ALONE = 25  # minutes of the stage `train`, which has a machine to itself
+MINUTES_A_CALL = 9  # some GPU hosts stop a command after ten minutes
+ALONE = 25  # minutes of the stage `train`, which runs in a call by itself
 Commands = tuple[tuple[str, ...], ...]
 
 
@@ -34,9 +34,9 @@ class Stage:
     """Limit; 0 for a stage that is not part of the timed plan and has ALONE minutes."""
     commands: Commands
     dry: Commands
-    """What runs instead without a GPU: the same programs at tiny sizes."""
+    """The commands of a dry run without a GPU: the same programs at tiny sizes."""
     after: Callable[[Path], None] | None = None
-    """Called with the output folder when the commands have ended, however they did."""
+    """Called with the output folder when the commands have ended, whether or not they succeeded."""
 
 
 def bench(name: str) -> tuple[str, ...]:
@@ -56,7 +56,7 @@ def sweep(out: str, *arguments: str) -> tuple[str, ...]:
 
 
 def train(*arguments: str) -> Commands:
-    """The shipped head trained on; nothing without prompts, or without a target to answer them."""
+    """Commands that train the shipped head further. None without prompts, or without a target to answer them."""
     if not target() or not os.environ.get("PROMPTS"):
         return ()
     prompts = ("--prompts", *os.environ["PROMPTS"].split(":"))
@@ -65,7 +65,7 @@ def train(*arguments: str) -> Commands:
 
 
 def publish_head(out: Path) -> None:
-    """The best head that OUT/train has, in shards of at most 15 MiB, to OUT/<name of the shipped head>."""
+    """Copy the best head in OUT/train to OUT/<name of the shipped head>, in shards of at most 15 MiB."""
     source = next((path for name in ("best", "head") if (path := out / "train" / name).is_dir()), None)
     if source is None:
         return
@@ -76,7 +76,7 @@ def publish_head(out: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
     tensors = load_file(source / "model.safetensors")
-    save_torch_state_dict(tensors, folder, max_shard_size=SHARD_BYTES - (1 << 16))  # less the files' headers
+    save_torch_state_dict(tensors, folder, max_shard_size=SHARD_BYTES - (1 << 16))  # room for headers
 
 
 def target() -> tuple[str, ...]:
@@ -85,7 +85,7 @@ def target() -> tuple[str, ...]:
 
 # Long: a table.
 def stages() -> list[Stage]:
-    """All stages, most valuable first; `calls` groups them."""
+    """All stages, the most valuable first. `calls` groups them."""
     kernels = ("concat_fc", "head_topk", "tree_steps", "linear_fp8")
     tiny = ("--limit", "2", "--max-tokens", "8", "--enforce-eager")
     short = ("--batch-sizes", "1,2", "--repeats", "1", "--modes", "none,auto")
@@ -98,10 +98,10 @@ def stages() -> list[Stage]:
     doctor = (*CLI, "doctor")
     return [
         Stage("environment", 0.5, (doctor,), (doctor,)),
-        # No engine: what is wrong here is wrong in the kernels or in the growth, not in how vLLM is used.
+        # Without an engine: an error here is in the kernels or in the growth, not in the use of vLLM.
         Stage("growth-graph", 1, (growth,), ((*growth, "--dry-run"),)),
         Stage("kernels-correct", 2.5, (tests,), (("env", "TRITON_INTERPRET=1", *tests, "--collect-only"),)),
-        # The same prompts from CUDA graphs and without: tau has to be the same.
+        # The same prompts with and without CUDA graphs: tau must be the same.
         Stage(
             "tree-graphs",
             4,
@@ -148,7 +148,7 @@ def stages() -> list[Stage]:
 
 
 def calls(all_stages: list[Stage], most: float = MINUTES_A_CALL) -> list[list[Stage]]:
-    """The timed stages in groups of at most `most` minutes, in order; one without a time is a group of its own."""
+    """The timed stages in groups of at most `most` minutes, in order. A stage without a time is a group by itself."""
     groups: list[list[Stage]] = []
     for stage in all_stages:
         minutes = sum(other.minutes for other in groups[-1]) if groups else most
@@ -159,7 +159,7 @@ def calls(all_stages: list[Stage], most: float = MINUTES_A_CALL) -> list[list[St
 
 
 def run_command(words: list[str], log: Any, seconds: float) -> int:
-    """Exit code of a command. Whatever it has started ends with it: engines left over would hold the GPU's memory.
+    """Run a command and return its exit code. All processes that it started are ended, to free the GPU's memory.
 
     Raises subprocess.TimeoutExpired after `seconds`.
     """
@@ -173,7 +173,7 @@ def run_command(words: list[str], log: Any, seconds: float) -> int:
 
 
 def run_commands(commands: Commands, out: Path, deadline: float, log: Any) -> str:
-    """Run every command, also after one has failed: "ok", "N of M failed", "out of time" or "nothing to do"."""
+    """Run all commands, even if one fails. Returns "ok", "N of M failed", "out of time" or "nothing to do"."""
     failed = 0
     for command in commands:
         words = [word.replace("OUT/", f"{out}/") for word in command]
@@ -189,7 +189,7 @@ def run_commands(commands: Commands, out: Path, deadline: float, log: Any) -> st
 
 
 def run(stage: Stage, out: Path, dry: bool) -> str:
-    """Run a stage's commands; returns what `run_commands` says."""
+    """Run a stage's commands and return the result of `run_commands`."""
     minutes = stage.minutes or ALONE
     deadline = time.monotonic() + 60 * minutes * (6 if dry else 1)  # on a few busy CPU cores
     with (out / f"{stage.name}.log").open("w", encoding="utf-8") as log:
@@ -200,7 +200,7 @@ def run(stage: Stage, out: Path, dry: bool) -> str:
 
 
 def targets(stage: Stage, out: Path) -> str:
-    """How many targets the stage's results met, such as "3 of 4 met": of rows with a "target", those measured."""
+    """How many targets the stage's results met, such as "3 of 4 met". Counts measured rows with a "target"."""
     rows: list[dict[str, Any]] = []
     for word in {word for command in stage.commands for word in command if word.endswith(".json")}:
         path = out / word.removeprefix("OUT/")
@@ -214,7 +214,7 @@ def targets(stage: Stage, out: Path) -> str:
 
 
 def table(ended: dict[str, dict[str, object]], out: Path) -> str:
-    """Markdown: a line for every stage that has ended."""
+    """A Markdown table with a line for each stage that has ended."""
     lines = ["| stage | result | seconds | targets |", "| --- | --- | --- | --- |"]
     for stage in stages():
         if (found := ended.get(stage.name)) is not None:
@@ -251,7 +251,7 @@ def main() -> int:
         print(f"{stage.name:16} {result:13} {ended[stage.name]['seconds']} s", flush=True)
     summary = table(ended, args.out)
     (args.out / "summary.md").write_text(summary + "\n", encoding="utf-8")
-    print(f"\n{summary}" + ("\n\nDry run: the figures mean nothing." if args.dry_run else ""))
+    print(f"\n{summary}" + ("\n\nDry run: the figures have no meaning." if args.dry_run else ""))
     return int(any(stage["result"] not in ("ok", "nothing to do") for stage in ended.values()))
 
 
