@@ -1,4 +1,4 @@
-"""Imports point one way and never in a circle; functions are short. Read from the sources (1 s)."""
+"""Imports point one way and never in a circle; files and functions are short. Read from the sources (1 s)."""
 
 import ast
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ FOUNDATION = {"user_input", "checkpoint", "config", "provenance", "prompts"}
 # These may import vLLM's modules, others only `vllm` itself and PUBLIC.
 NAMES_VLLM = {"runner", "model", "benchmarks", "examples"}
 PUBLIC = ("vllm.sampling_params",)
-LONGEST_FUNCTION = 60  # lines
+LONGEST_FILE, LONGEST_FUNCTION = 300, 60  # lines
 
 
 class Module:
@@ -159,6 +159,11 @@ def sources(*kinds: str) -> dict[str, list[str]]:
     folders = ("vllm_eagle3", "kernels", "examples", "benchmarks")
     paths = [path for folder in folders for kind in kinds for path in ROOT.glob(f"{folder}/**/*.{kind}")]
     return {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8").splitlines() for path in paths}
+
+
+def test_no_file_is_long():
+    lines = {name: len(text) for name, text in sources("py", "cpp", "h").items()}
+    assert {name: count for name, count in lines.items() if count > LONGEST_FILE} == {}
 
 
 def test_a_long_function_gives_its_reason():

@@ -1,4 +1,4 @@
-"""Trees that hold the true continuation among decoys, so that verification is tested whatever the draft proposes."""
+"""Trees that contain the true continuation among wrong nodes: they test verification without depending on a draft."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -11,7 +11,7 @@ import torch
 
 @dataclass
 class Seen:
-    """What the draft's first step and the sampler did."""
+    """A record of the draft's first step and of the sampler."""
 
     root_children: dict[tuple[int, int], list[int]] = field(default_factory=dict)
     """Ids of the root's children in the draft, by (request, position of the last accepted token)."""
@@ -24,7 +24,7 @@ class Seen:
 def random_tree(
     rng: random.Random, true: Sequence[int], nodes: int, depth: int, vocab: int
 ) -> list[tuple[int, int]]:
-    """(token, parent) of `nodes` nodes: part of the true path, decoys, and right tokens under wrong parents."""
+    """(token, parent) of `nodes` nodes: part of the true path, wrong nodes, and right tokens under wrong parents."""
     on_path = sorted(rng.sample(range(1, nodes + 1), rng.randint(0, min(depth, len(true), nodes))))
     tree, depths, last, used = [], [0], 0, {}
     for node in range(1, nodes + 1):
@@ -33,7 +33,7 @@ def random_tree(
             token, parent, last = true[level], last, node
         else:
             if level >= 0:
-                on_path = on_path[:level]  # a decoy took the place: the path ends here
+                on_path = on_path[:level]  # a wrong node has this place, so the path ends here
             parent = rng.choice([p for p in range(node) if depths[p] < depth])
             taken = used.get(parent, set())
             token = rng.choice([t for t in [rng.randrange(vocab), *true[:4]] if t not in taken] or [-1])
@@ -47,7 +47,7 @@ def random_tree(
 
 @contextmanager
 def oracle(texts: Sequence[Sequence[int]] | None, vocab: int, seed: int = 0) -> Iterator[Seen]:
-    """Replaces the growing of trees in this process's engines.
+    """Replace the growth of trees in the engines of this process.
 
     texts: full token lists; request number i continues `texts[i % len(texts)]`. None: trees that never match.
     Requests in `chain_only` get the true continuation as a chain.

@@ -1,4 +1,4 @@
-"""Drafts that are broken in every way seen so far: refused in one line that names the file and what is wrong. Seconds.
+"""Broken drafts of every kind seen so far are refused in one line that names the file and the error (seconds).
 
 `docs/serving.md` shows the table `broken_drafts()`; a test holds the two together.
 """
@@ -89,7 +89,7 @@ def pipe(folder: Path) -> None:
 
 # Long: a table.
 def broken_drafts() -> dict[str, tuple[Callable[[Path], Any], str, str]]:
-    """What is wrong -> (how to break a good draft, the file that the message names, the rest of the message)."""
+    """By error: how to break a good draft, the file that the message names, and the rest of the message."""
     weights = "model.safetensors"
     nan, inf = torch.nan, torch.inf
     fp8 = torch.float8_e4m3fn

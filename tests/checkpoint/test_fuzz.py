@@ -1,4 +1,4 @@
-"""Whatever is in a checkpoint, it is read or refused with a CheckpointError. Seconds; minutes with FUZZ_EXAMPLES."""
+"""Any checkpoint is either read or refused with a CheckpointError (seconds; minutes with FUZZ_EXAMPLES)."""
 
 import json
 import os
@@ -22,7 +22,7 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=8,
 )
-# What is wrong in a way that a reader may get right only in part.
+# Wrong values of which a reader may detect only some.
 awkward = st.sampled_from(
     [0, -1, 1 << 40, 10**400, True, [], {}, "", "llama", [None], [[]], {"rope_type": 7}, 1e308, [1, 2, 3]]
 )
@@ -40,7 +40,7 @@ def drafts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def keys_of(config: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Every key of a config, those of objects in it too."""
+    """All keys of a config and of the objects in it."""
     nested = [
         (key, *rest) for key, value in config.items() if isinstance(value, dict) for rest in keys_of(value)
     ]

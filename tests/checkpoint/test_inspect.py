@@ -1,4 +1,4 @@
-"""`vllm-eagle3 inspect`: the canonical form of each dialect, and the error of a broken one. A few seconds."""
+"""`vllm-eagle3 inspect`: the canonical form of each dialect, and the error for a broken draft (a few seconds)."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""config.json of the four dialects -> one canonical form; what is ambiguous is refused. Under a second."""
+"""config.json of the four dialects becomes one canonical form; ambiguous configs are refused (under a second)."""
 
 import dataclasses
 import json
@@ -100,7 +100,7 @@ def test_missing_ids_are_the_default(tmp_path: Path, dialect: str) -> None:
 
 @pytest.mark.parametrize("layers", range(12, 129))
 def test_modelopts_default_ids(tmp_path: Path, layers: int) -> None:
-    """Its trainer writes them as a set, which Python orders by hash: of 32 layers [1, 28, 15]."""
+    """Its trainer writes the ids as a set, which Python orders by hash: for 32 layers [1, 28, 15]."""
     ids = list({1, layers // 2 - 1, layers - 4})
     config = config_of(tmp_path, "modelopt")
     config["eagle_config"][IDS] = ids

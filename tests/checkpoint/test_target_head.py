@@ -1,4 +1,4 @@
-"""Rows of the target's head, for drafts that ship without one."""
+"""Rows of the target's head, for drafts without a head of their own."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Tensors of the four dialects -> the same canonical tensors; every wrong one is refused. A few seconds."""
+"""Tensors of the four dialects become the same canonical tensors; wrong ones are refused (a few seconds)."""
 
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 def canonical(
     tensors: dict[str, Tensor], dims: Dims = DIMS, notes: list[str] | None = None, **config: Any
 ) -> dict[str, Tensor]:
-    """Canonical tensors of a flat draft of `dims`, from tensors under any names."""
+    """The canonical tensors of a flat draft of `dims`, from tensors with any names."""
     values = {
         "architectures": ["LlamaForCausalLM"],
         "hidden_size": dims.hidden,

@@ -41,7 +41,7 @@ def device() -> str:
 
 @pytest.fixture(autouse=True)
 def poison() -> Iterator[None]:
-    """Fill every torch.empty with NaN (floats) or the largest value (integers): unwritten outputs show."""
+    """Fill every torch.empty with NaN (floats) or the largest value (integers), so that unwritten outputs are seen."""
     before = torch.utils.deterministic.fill_uninitialized_memory
     was = torch.are_deterministic_algorithms_enabled()
     torch.utils.deterministic.fill_uninitialized_memory = True

@@ -1,4 +1,4 @@
-"""What kernel tests share: formulas in fp64 from the definitions, tolerances per dtype, random inputs."""
+"""Shared by the kernel tests: formulas in fp64, tolerances per dtype, random inputs."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# Relative to the largest output. Inputs are exact, so these cover rounding of normed inputs and outputs; the
-# interpreter truncates to bf16 where a GPU rounds.
+# Relative to the largest output. The inputs are exact, so these allow for rounding of normed inputs and outputs. To
+# make bf16 the interpreter truncates, while a GPU rounds.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 
 
 def randn(*shape: int, dtype: torch.dtype, device: str, seed: int = 0) -> Tensor:
-    """Standard normal numbers, drawn on the CPU so that every device sees the same."""
+    """Standard normal numbers, drawn on the CPU so that all devices get the same."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(device)
 
 

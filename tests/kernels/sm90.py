@@ -1,8 +1,7 @@
-"""Compile every Triton launch of a callable for a Hopper GPU (sm_90), with no GPU at hand.
+"""Compiles every Triton launch of a callable for a Hopper GPU (sm_90) without a GPU.
 
-`JITFunction.run` is replaced by a recorder: it reads the kernel's signature off the real call (dtypes,
-16-byte divisibility, constexprs) and hands it to Triton's compiler and its bundled ptxas. Tensors may be on
-"meta".
+`JITFunction.run` is replaced by a recorder. It takes the kernel's signature from the real call (dtypes, 16-byte
+divisibility, constexprs) and passes it to Triton's compiler and its bundled ptxas. Tensors may be on "meta".
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ TYPES = {
 }  # fmt: skip
 
 
-# Instructions of the half-rate ALU pipe, which integer address and mask arithmetic keep busy.
+# Instructions of the half-rate ALU pipe, which integer arithmetic for addresses and masks uses.
 ALU = re.compile(
     "BMSK|FLO|FMNMX|FSEL|FSET|FSETP|IABS|IADD3|IDP|IMNMX|ISETP|LEA|LOP3|PLOP3|PRMT|SEL|SHF|SHL|SHR|VIADD|VIMNMX"
 )
@@ -38,7 +37,7 @@ ALU = re.compile(
 
 @dataclass(frozen=True)
 class Compiled:
-    """What came out of one launch."""
+    """The result of compiling one launch."""
 
     name: str
     ptx: str
@@ -57,7 +56,8 @@ class Compiled:
     def programs_per_sm(self) -> int:
         """Programs that an SM of an H100 can hold.
 
-        It has 228 KiB of shared memory (1 KiB a program is the system's) and 65,536 registers, allocated by 8 a thread.
+        It has 228 KiB of shared memory (the system uses 1 KiB per program) and 65,536 registers, in units of 8 per
+        thread.
         """
         registers = -(-self.registers // 8) * 8 * self.threads
         return min((228 << 10) // (self.shared + 1024), (1 << 16) // registers)
@@ -115,7 +115,7 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 @contextmanager
 def recording() -> Iterator[list[Compiled]]:
-    """Within it every launch is compiled for sm_90 instead of run; yields the list of `Compiled`."""
+    """A context in which launches are compiled for sm_90 instead of run. Yields the list of `Compiled`."""
     done: list[Compiled] = []
 
     def run(self: JITFunction, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
@@ -142,7 +142,7 @@ def recording() -> Iterator[list[Compiled]]:
 
 
 def compile_launches(call: Callable[[], object]) -> list[Compiled]:
-    """Compiled kernels of every launch that `call()` makes."""
+    """The compiled kernels of all launches in `call()`."""
     with recording() as done:
         call()
     return done
@@ -150,7 +150,7 @@ def compile_launches(call: Callable[[], object]) -> list[Compiled]:
 
 # Long: a table.
 def launches_of_8b_shapes() -> dict[str, Callable[[], object]]:
-    """Every operation at the shapes of an 8B model, plus the dtypes and forms that compile apart."""
+    """Every operation at the shapes of an 8B model, and the dtypes and forms that are compiled separately."""
     from vllm_eagle3 import kernels as k
 
     def of(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -216,7 +216,7 @@ def launches_of_8b_shapes() -> dict[str, Callable[[], object]]:
 
 
 def main() -> None:
-    """Print what every launch compiled to, as JSON."""
+    """Print the compiled kernels of all launches as JSON."""
     compiled = {name: compile_launches(call) for name, call in launches_of_8b_shapes().items()}
     described = {
         name: [{**asdict(c), "programs_per_sm": c.programs_per_sm} for c in done]

@@ -1,4 +1,4 @@
-"""The argmax of rows on a CPU against torch's: ties, signed zeros, infinities, NaN, rows that lie apart (2 s)."""
+"""The argmax of rows on a CPU equals torch's: ties, signed zeros, infinities, NaN, strided rows (2 s)."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Choice of backend, and life without Triton. About 10 s, most of it importing torch in child processes."""
+"""The choice of the backend, and imports without Triton (10 s, most of it importing torch in child processes)."""
 
 from __future__ import annotations
 

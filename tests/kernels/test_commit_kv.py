@@ -1,4 +1,4 @@
-"""commit_kv: all layers' KV rows of the accepted path, one row at a time. About 3 s."""
+"""commit_kv moves the same rows as a loop over layers and rows (3 s)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def caches(layers, dim, dtype, device, layout="block_major"):
 
 
 def expected(kv_caches, src, dst):
-    """Rows copied out first, then written one after the other."""
+    """The expected cache: all rows are copied first, then written one after the other."""
     out = [kv.clone() for kv in kv_caches]
     for kv, new in zip(kv_caches, out, strict=True):
         for s, d in zip(src.flatten().tolist(), dst.flatten().tolist(), strict=True):
@@ -55,7 +55,7 @@ def test_paths_move_in_every_layer(backend, layout, dtype, dim, device):
     slots = (
         torch.randperm(BLOCKS * SIZE, generator=torch.Generator().manual_seed(0))[:24].view(3, 8).to(device)
     )
-    # Overlapping moves (a source is another's target), one that stays, a whole line.
+    # Overlapping moves (one move's source is another's target), a move to the same slot, a whole line.
     path = torch.tensor([[0, 2, 3, 7, 5], [0, 1, 4, 4, 5], [0, 1, 2, 3, 4]], device=device)
     src, dst = slots.gather(1, path), slots[:, :5].clone()
     dst[1, 4] = -1

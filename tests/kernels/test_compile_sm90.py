@@ -1,4 +1,4 @@
-"""Every kernel compiles for a Hopper GPU, at 8B shapes, with no GPU at hand. About 20 s, 5 s cached."""
+"""Every kernel compiles for a Hopper GPU at 8B shapes, without a GPU (20 s, 5 s with a warm cache)."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def test_nothing_reduces_with_atomics(compiled):
     assert not any(re.search(r"\b(atom|red)\.", c["ptx"]) for launches in compiled.values() for c in launches)
 
 
-# (instructions, ALU instructions) of the loops over 64 keys at most, and programs an SM holds at least. The figures
-# are 5 to 10 % above those of triton 3.9; a mask that slips into the loop over the prefix doubles them.
+# The most (instructions, ALU instructions) of the loops over 64 keys, and the fewest programs that an SM holds. The
+# figures are 5 to 10 % above those of triton 3.9. A mask in the loop over the prefix would double them.
 BUDGETS = {
     "tree_attention_1": ([(570, 160), (1040, 550)], 2),
     "tree_attention_64": ([(570, 160), (1040, 560)], 2),
@@ -65,7 +65,7 @@ BUDGETS = {
 
 @pytest.mark.parametrize("call", BUDGETS)
 def test_attention_loops_stay_short(compiled, call):
-    """A regression of the inner loop shows here, without a GPU to time it on."""
+    """This detects a slower inner loop without a GPU."""
     budgets, programs = BUDGETS[call]
     kernel = next(c for c in compiled[call] if "attention" in c["name"])
     assert len(kernel["loops"]) == len(budgets), kernel["loops"]

@@ -20,7 +20,7 @@ def make(n, vocab, h, dtype, device):
 
 
 def check(out, x, weight, k, d2t=None, scale=1.0):
-    """Ids name logits of the right size: which id stands where may differ only among nearly equal logits."""
+    """The ids belong to logits of the right size. The order of ids may differ only among nearly equal logits."""
     logits = scale * (x.double() @ weight.double().T).cpu()
     assert out.ids.shape == out.draft_ids.shape == out.logits.shape == (x.shape[0], k)
     assert out.ids.dtype == out.draft_ids.dtype == torch.int64

@@ -15,7 +15,7 @@ def test_quantization_keeps_three_mantissa_bits_of_each_row():
     w8, scale = quant_fp8(weight)
     back = w8.double() * scale.double()[:, None]
     top = weight.double().abs().amax(1, keepdim=True)
-    # Half a unit in the last place of e4m3: 2^-4 relative, 2^-10 / 448 of the row's largest for subnormals.
+    # Half a unit in the last place of e4m3: relative 2^-4, or for subnormals 2^-10 / 448 of the row's largest.
     assert ((back - weight.double()).abs() <= weight.double().abs() / 16 + top * 2**-10 / 448 + 1e-30).all()
     assert torch.equal(back.abs().amax(1) > 0, weight.abs().amax(1) > 0) and scale[7] == 1
 

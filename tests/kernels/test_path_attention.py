@@ -38,7 +38,7 @@ def random_level(prefix_lens, heads, kv_heads, length, device="cpu", dim=8, dtyp
 
 
 def dense(query, cache, table, lens, keys, values, paths, scale, window=0):
-    """Node by node in float64."""
+    """Dense attention, node by node in float64."""
     batch, _, heads, dim = query.shape
     kv_heads, length = cache.shape[1], paths.shape[2]
     out = torch.zeros(query.shape, dtype=torch.float64)

@@ -72,7 +72,7 @@ def random_batch(prefixes, nodes, kv_heads, heads, device="cpu", dim=8, block=16
 def dense(
     query, cache, table, starts, lens, roots, words, positions, scale, window=0, softcap=0.0, sinks=None
 ):
-    """Row by row in float64."""
+    """Dense attention, row by row in float64."""
     heads, dim = query.shape[1:]
     kv_heads = cache.shape[1]
     out = torch.zeros(query.shape, dtype=torch.float64)
@@ -145,7 +145,7 @@ def test_long_prefixes_are_shared_between_programs(device, splits):
 
 
 def test_rows_that_pad_a_batch_become_zero_where_partial_sums_are_merged(device):
-    """A padded row has no partial sums; whatever its scratch memory holds must not reach the output."""
+    """A padded row has no partial sums. The contents of its scratch memory must not reach the output."""
     batch = random_batch([600], 5, 1, 2, device)
     query = torch.cat([batch[0], torch.full_like(batch[0][:3], float("nan"))])
     padded = [torch.cat([t, torch.zeros(3, dtype=t.dtype, device=device)]) for t in batch[5:]]
@@ -166,7 +166,7 @@ def test_output_goes_where_it_is_asked_for(device):
 @pytest.mark.parametrize("options", [{}, {"softcap": 3.0}])
 @pytest.mark.parametrize("nodes", [1, 9, 63])
 def test_prefix_and_nodes_merge_to_the_whole(device, backend, options, nodes):
-    """What FlashAttention says of the prefix and `node_attention` of the rest give `tree_attention`."""
+    """FlashAttention over the prefix and `node_attention` over the rest, merged, equal `tree_attention`."""
     batch = random_batch([30, 7, 64], nodes, 2, 4, device)
     out, lse = node_attention(*batch, max_query_len=nodes, scale=0.35, backend=backend, **options)
     prefix = [
@@ -183,7 +183,7 @@ def test_prefix_and_nodes_merge_to_the_whole(device, backend, options, nodes):
 
 
 def test_one_long_request_does_not_multiply_the_grid(device, monkeypatch):
-    """A prefill of 256 rows among 8 trees of 3: as many programs as there are blocks of rows, and one a request."""
+    """A prompt of 256 rows among 8 trees of 3 rows: the grid has one program per block of rows and one per request."""
     from vllm_eagle3.kernels import tree_attention as function
 
     grids = []

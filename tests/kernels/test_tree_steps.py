@@ -1,4 +1,4 @@
-"""ancestor_bits and tree_walk against walks along parent links, node by node. About 5 s interpreted."""
+"""ancestor_bits and tree_walk equal walks along parent links, node by node (5 s interpreted)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BACKENDS = ["triton", "torch"]
 def trees(draw, max_nodes=MAX_NODES):
     """Parents of a tree in topological order, a random share of its nodes unused."""
     n = draw(st.integers(1, max_nodes))
-    parents = [draw(st.sampled_from([0, -1]))]  # what stands at the root is ignored
+    parents = [draw(st.sampled_from([0, -1]))]  # the value at the root is ignored
     used = [0]
     for i in range(1, n):
         if draw(st.integers(0, 4)) == 0:

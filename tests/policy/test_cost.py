@@ -1,4 +1,4 @@
-"""The step cost model: interpolation, and the correction by what is seen. Under a second."""
+"""The step cost model: interpolation, and the correction by observed steps (under a second)."""
 
 from __future__ import annotations
 

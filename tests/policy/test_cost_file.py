@@ -1,4 +1,4 @@
-"""The cost file: kept between runs, saved while serving, and never a reason to stop. Under a second."""
+"""The cost file: it is kept between runs, saved while serving, and never stops the engine (under a second)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def seen(steps: int = 3) -> SeenCost:
 
 
 def content(key: CostKey = KEY) -> dict:
-    """What a good file says."""
+    """The contents of a good file."""
     return json.loads(json.dumps({"format": 1, "key": vars(key), "seen": {"2,3": 1.5}}))
 
 

@@ -1,4 +1,4 @@
-"""The reference decoder: the target's text, whatever is drafted; the tree against brute force (20 s)."""
+"""The reference decoder writes the target's text, whatever is drafted; its trees equal brute force (20 s)."""
 
 import random
 from pathlib import Path
@@ -55,7 +55,7 @@ def draft(request: pytest.FixtureRequest) -> DraftModel:
 
 
 def ends(target: Any) -> dict[str, Tensor]:
-    """The target's embeddings and head, for drafts that ship none."""
+    """The target's embeddings and head, for drafts without their own."""
     return {
         "embeddings": target.get_input_embeddings().weight,
         "head": target.get_output_embeddings().weight,
@@ -69,7 +69,7 @@ def greedy(target: Any, prompt: list[int], length: int) -> list[int]:
 
 
 def planted(text: list[int], rng: random.Random) -> Proposer:
-    """Random trees with the true continuation of `text` planted on a random path, up to a random depth."""
+    """Random trees that contain the true continuation of `text` on a random path, up to a random depth."""
 
     def propose(draft: DraftModel, a: Any, kv: Any, so_far: list[int]) -> Tree:
         at = len(so_far) - 1  # place of the root in the text
@@ -95,7 +95,7 @@ def test_greedy_text_is_the_targets(target: Any, draft: DraftModel, propose: Pro
 
 
 def test_accepted_paths_leave_the_right_cache(target: Any, draft: DraftModel) -> None:
-    """Trees whose right path lies between wrong nodes: a wrong slot, position or mask changes the text."""
+    """The right path of these trees lies between wrong nodes, so a wrong slot, position or mask changes the text."""
     text = [*PROMPT, *greedy(target, PROMPT, 80)]
     got = decode(target, draft, PROMPT, planted(text, random.Random(0)), 60)
     assert got.tokens == text[len(PROMPT) :][:60]
@@ -104,7 +104,7 @@ def test_accepted_paths_leave_the_right_cache(target: Any, draft: DraftModel) ->
 
 @torch.inference_mode()
 def test_draft_reads_the_accepted_path(target: Any, draft: DraftModel) -> None:
-    """What the draft starts from, against one pass of target and draft over the text so far."""
+    """The draft starts from the same state as after one pass of target and draft over the whole text."""
     text = [*PROMPT, *greedy(target, PROMPT, 60)]
     planting = planted(text, random.Random(3))
     starts = []
@@ -137,7 +137,7 @@ def test_stops_at_the_stop_token(target: Any, draft: DraftModel) -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_eagle2_tree_against_brute_force(draft: DraftModel, seed: int) -> None:
-    """Values recomputed along each path without the tree's mask; expansion, reranking and chain by hand."""
+    """The values are computed again along each path without a mask; expansion, reranking and chain are literal."""
     torch.manual_seed(seed)
     depth, topk, nodes, past = 4, 3, 12, 1
     g, tokens = torch.randn(past, 32), torch.randint(0, VOCAB, (past,))
@@ -179,7 +179,7 @@ def test_eagle2_tree_against_brute_force(draft: DraftModel, seed: int) -> None:
 def test_sampled_text_follows_the_target(target: Any) -> None:
     """Chi-squared of the second token at temperature 0.7, the first one that a draft can spoil.
 
-    The draft is a tree of depth 1 with half of the vocabulary: accepting and refusing both occur.
+    The draft is a tree of depth 1 with half of the vocabulary, so that some drafts are accepted and others refused.
     """
     logits = target(torch.tensor([PROMPT])).logits[0, -1]
     after = target(torch.tensor([[*PROMPT, t] for t in range(VOCAB)])).logits[:, -1]
@@ -204,7 +204,7 @@ def test_sampled_text_follows_the_target(target: Any) -> None:
 
 
 def test_closed_form_acceptance(closed_form_target: Path, closed_form_draft: Path) -> None:
-    """The draft is wrong on multiples of 5: acceptance of each verification is known."""
+    """The draft is wrong on multiples of 5, so the number of accepted drafts of each verification is known."""
     model: Any = AutoModelForCausalLM.from_pretrained(closed_form_target, dtype=torch.float32)
     draft = load_draft(closed_form_draft, target=closed_form_target, **ends(model))
     got = decode(model, draft, [3, 4, 11], chain(4), 50)
@@ -217,7 +217,7 @@ def test_closed_form_acceptance(closed_form_target: Path, closed_form_draft: Pat
 
 
 def test_real_draft(tmp_path: Path) -> None:
-    """The embedded pair in float32: chain and tree give the target's greedy text, and drafts are accepted."""
+    """With the default models in float32, chain and tree give the target's greedy text, and drafts are accepted."""
     folder = cache_folder() / demo_models.TARGET_NAME
     if not (folder / "config.json").is_file():
         pytest.skip("the embedded target is not in the cache yet (`make demo` puts it there)")

@@ -33,7 +33,7 @@ def fixed(tokens: list[int], parents: list[int]) -> Proposer:
 
 
 def test_a_graft_by_hand() -> None:
-    """The continuation of "1 2" is 3 4 1 2 3: the draft has 3 and 4 of it too, and 9 and the other 4 besides."""
+    """The continuation of "1 2" is 3 4 1 2 3. The draft also has its 3 and 4, and in addition 9 and another 4."""
     nothing: Any = None
     propose = fixed([3, 9, 4, 4], [0, 0, 1, 2])
     tree = grafted(propose, 5)(nothing, nothing, nothing, [1, 2, 3, 4, 1, 2])

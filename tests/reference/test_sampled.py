@@ -20,7 +20,7 @@ Q_LOGITS = (P_LOGITS + torch.randn(VOCAB, VOCAB, generator=torch.Generator().man
 
 
 class MarkovDraft:
-    """What a proposer asks of a draft: `a` is the newest token."""
+    """The part of a draft that a proposer uses. Its `a` is the newest token."""
 
     config = SimpleNamespace(draft_vocab_size=len(DRAFT_IDS), vocab_size=VOCAB)
 
@@ -116,7 +116,7 @@ def test_a_draft_that_is_the_target_is_always_accepted() -> None:
     draft = MarkovDraft()
     propose = sampled_tree(3, 1, 3, TEMPERATURE, noise)
     p_logits = P_LOGITS.clone()
-    p_logits[:, 1] = -1e9  # the draft knows all that the target says
+    p_logits[:, 1] = -1e9  # the target gives only tokens of the draft's vocabulary
     for rule in (accept_top_down, accept_bottom_up):
         for _ in range(50):
             draft.q_logits = p_logits[:, DRAFT_IDS]
@@ -127,7 +127,7 @@ def test_a_draft_that_is_the_target_is_always_accepted() -> None:
 
 @pytest.mark.parametrize("hot", [0, 3])
 def test_a_certain_draft(hot: int) -> None:
-    """One-hot q: its token is tried first, and the places after it, for which nothing is left, are not kept."""
+    """With a one-hot q its token is tried first. The other places have no probability left and are not kept."""
     noise = torch.Generator().manual_seed(4)
     q = torch.full((VOCAB, len(DRAFT_IDS)), -1e9)
     q[:, hot] = 0

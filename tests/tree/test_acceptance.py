@@ -1,4 +1,4 @@
-"""The acceptance rule on hand-drawn trees and against a literal walk (2 s)."""
+"""The acceptance rule on hand-drawn trees, and compared with a literal walk (2 s)."""
 
 import torch
 from hypothesis import given, settings

@@ -1,4 +1,4 @@
-"""Trees at temperature 1 leave the target's distribution: chi-squared of three tokens, jointly (10 s)."""
+"""Trees at temperature 1 do not change the target's distribution: chi-squared test of three tokens jointly (10 s)."""
 
 from functools import cache
 from itertools import product
@@ -21,7 +21,7 @@ def target(prefix):
 
 @cache
 def draft(prefix):
-    """Log-probabilities of a draft that has something of the target in it."""
+    """Log-probabilities of a draft that is partly like the target."""
     other = np.random.default_rng([2, *prefix]).dirichlet(np.ones(VOCAB))
     return np.log(0.5 * target(prefix) + 0.5 * other).astype(np.float32)
 
@@ -43,7 +43,7 @@ def tree_after(prefix, depth, topk, nodes):
 
 
 def chi_squared(texts):
-    """Of the counts of the first three tokens against the target's joint distribution, and its z-score."""
+    """Chi-squared of the counts of the first three tokens against the target's joint distribution, and its z-score."""
     cells = list(product(range(VOCAB), repeat=LENGTH))
     counts = np.array([texts.get(cell, 0) for cell in cells])
     share = [np.prod([target(cell[:i])[cell[i]] for i in range(LENGTH)]) for cell in cells]

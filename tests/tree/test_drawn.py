@@ -20,7 +20,7 @@ Q_LOGITS = (P_LOGITS + torch.randn(VOCAB, VOCAB, generator=torch.Generator().man
 
 
 def draft_trees(last, depth, topk, nodes, continuation=None, dtype=torch.float32, chain=False):
-    """Grown as the speculator does it: `last` int64 [batch], the text's newest token."""
+    """Grow trees as the speculator does. `last` int64 [batch] is the newest token of each text."""
     batch = len(last)
     drawn = torch.ones(batch, dtype=torch.bool)
     expansion = Expansion(topk, torch.full((batch,), chain))
@@ -96,7 +96,7 @@ def test_three_tokens_follow_the_target(shape):
 
 
 def expected_accepted(tree, node=0):
-    """Of the reference's top-down rule, computed."""
+    """The expected number of accepted drafts under the reference's top-down rule, computed exactly."""
     here, reached, total = Node(tree, node, P_LOGITS[tree.tokens], TEMPERATURE), 1.0, 0.0
     for child in here.children:
         token, q = here.candidate(child)
@@ -110,7 +110,7 @@ def expected_accepted(tree, node=0):
 
 @pytest.mark.parametrize("continuation", [None, [2, 4, 0]])
 def test_acceptance_is_the_references(continuation):
-    """One tree, verified 4,000 times, against what the reference's rule accepts of it."""
+    """One tree is verified 4,000 times; the mean acceptance is that of the reference's rule."""
     torch.manual_seed(7)
     last, n = torch.tensor([3]), 4000
     given = None if continuation is None else torch.tensor([continuation])

@@ -1,4 +1,4 @@
-"""Grafts on a hand-drawn tree and against a literal lists of paths (3 s)."""
+"""Grafts on a hand-drawn tree, and compared with literal lists of paths (3 s)."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from vllm_eagle3.tree.graft import graft
 
 
 def literal(tree, continuation, places, chain):
-    """tree: (token, parent) of each node. Paths in the order of the result, then the nodes they make."""
+    """Literal form: collect the paths in the order of the result, then make nodes of them. tree: (token, parent)."""
     paths = [()]
     for token, parent in tree:
         paths.append((*paths[parent], token))

@@ -1,4 +1,4 @@
-"""The tree grown from scripted draft distributions against a literal reference, ties included (about 15 s)."""
+"""Trees grown from fixed draft distributions equal a literal reference, also with ties (15 s)."""
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ NEG = np.float32(-np.inf)
 
 
 def log_probs_of(path, levels, tied):
-    """A draft's distribution after `path` (tokens), the same whatever the order of asking."""
+    """A draft's distribution after `path` (tokens), which does not depend on the order of calls."""
     rng = np.random.default_rng([*path, 99])
     if tied:  # few distinct values, so that siblings, cousins and levels tie
         return rng.choice(np.float32([-0.25, -0.5, -1.0]), VOCAB)
@@ -21,7 +21,7 @@ def log_probs_of(path, levels, tied):
 
 
 def reference_tree(first, depth, topk, nodes, tied, chain):
-    """EAGLE-2's tree, literally: lists, Python's stable sort, one node at a time."""
+    """EAGLE-2's tree in a literal form: lists, Python's stable sort, one node at a time."""
     tree, frontier = [], [{"path": [first], "score": np.float32(0), "index": -1}]
     for _ in range(depth):
         level = []
@@ -43,7 +43,7 @@ def reference_tree(first, depth, topk, nodes, tied, chain):
 
 
 def grown_tree(firsts, depth, topk, nodes, tied, chain):
-    """The same through Expansion: a batch of requests, distributions looked up by path."""
+    """The same trees by Expansion, for a batch of requests. Distributions are looked up by path."""
     expansion = Expansion(topk, torch.tensor(chain))
     paths = [[[first]] for first in firsts]
 

@@ -1,4 +1,4 @@
-"""The look-up on hand-made texts and, in both its forms, against a literal scan (3 s)."""
+"""The look-up on hand-made texts; both forms equal a literal scan (3 s)."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from vllm_eagle3.tree.lookup import look_up, look_up_scan, look_up_text
 
 
 def literal(text, length, min_match, max_match):
-    """Every earlier place in turn; a later place wins where its match is as long."""
+    """Try all earlier places in turn. A later place wins if its match is as long."""
     best_match, best_place = 0, None
     for place in range(len(text) - 1):
         match = 0
@@ -67,7 +67,7 @@ TEXTS = st.lists(st.integers(0, 2), max_size=40) | st.lists(st.integers(0, 30), 
 def test_both_forms_against_a_literal_scan(texts, length, min_match, more, slack, dtype):
     max_match = min_match + more
     width = max(max(map(len, texts)) + slack, 1)
-    tokens = torch.randint(0, 3, (len(texts), width), dtype=dtype)  # what lies behind a text must not matter
+    tokens = torch.randint(0, 3, (len(texts), width), dtype=dtype)  # more than the texts
     for row, text in enumerate(texts):
         tokens[row, : len(text)] = torch.tensor(text, dtype=dtype)
     ends = torch.tensor([len(text) for text in texts])

@@ -7,7 +7,7 @@ from vllm_eagle3.tree.mask import TreeMask
 
 
 def test_mask_of_a_mixed_batch():
-    """A chunk of a prompt, then a tree of three nodes whose last one the scheduler cut, then padding."""
+    """A chunk of a prompt, then a tree of three nodes of which the scheduler cut the last, then padding."""
     depth, bits = ancestor_bits(torch.tensor([[-1, -1, -1, -1], [-1, 0, 0, 1]]))
     linear = torch.tensor([4, 5, 6, 20, 21, 22, 0, 0])
     rows = torch.tensor([[2, 2, 2, 2], [3, 4, 5, 3]])

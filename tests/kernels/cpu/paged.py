@@ -1,4 +1,4 @@
-"""Paged caches in the layouts of CPU attention, filled token by token; what holds no token is NaN."""
+"""Paged caches in the layouts of CPU attention, filled token by token. Places without a token hold NaN."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}  # 
 
 
 def write(kv_cache, layout, block, offset, key, value):
-    """One token of all heads, in the layout's own order."""
+    """Write one token of all heads in the layout's order."""
     flat = kv_cache.flatten(2)
     flat[block][:, layout.keys[offset].long()] = key
     flat[block][:, layout.values[offset].long()] = value

@@ -1,4 +1,4 @@
-"""Compiling the native kernels: once for all processes, and without a compiler a warning and the torch twins."""
+"""The C++ kernels are compiled once for all processes. Without a compiler there is a warning, and torch twins run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ASK = "from vllm_eagle3.kernels.cpu import native; print(native() is not None)"
 
 @pytest.fixture
 def empty_cache(tmp_path, monkeypatch):
-    """A cache folder of this test's own."""
+    """A cache folder for this test alone."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     build.native.cache_clear()
     yield tmp_path
@@ -58,7 +58,7 @@ def test_processes_that_start_together_compile_once(empty_cache, tmp_path, monke
 
 
 def test_the_kernels_use_the_threads_of_torch():
-    """One OpenMP library in the process: a second one would have threads of its own."""
+    """There is one OpenMP library in the process. A second one would have its own threads."""
     if build.native() is None:
         pytest.skip("needs a C++ compiler")
     torch.ones(1 << 20).sum()

@@ -1,4 +1,4 @@
-"""Committing an accepted path in a CPU's cache: moved tokens arrive, everything else stays, in every layout."""
+"""Committing an accepted path in a CPU's cache moves these tokens and nothing else, in every layout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Native growth against the torch one, bit for bit, and the likeliest tokens of logits against their torch twin."""
+"""C++ growth equals torch growth bit for bit, and `top_children` equals its torch twin."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layouts of the CPU's cache: as vLLM's own operation writes them, and as they are drawn here."""
+"""Layouts of the CPU's cache are those that vLLM's own operation writes, and those written down here by hand."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_what_is_written_is_observed(make):
 
 
 def test_a_cache_that_holds_something_else_is_refused():
-    with pytest.raises(ValueError, match="layout is unknown"):
+    with pytest.raises(ValueError, match="layout of the cache is unknown"):
         observed(lambda key, value, kv_cache: None, 32, 32, torch.float32)
 
 

@@ -49,7 +49,7 @@ class Level:
         self.query = torch.randn(rows, kv_heads * group, dim, generator=generator).to(dtype)
 
     def run(self, backend, window=0):
-        """Twice: with `new`, and with the rows already in scratch."""
+        """Run it twice: with `new`, and with these rows already in scratch."""
         keys, values = (x.clone() for x in self.scratch)
         args = (self.query, self.cache, self.layout, self.table, self.prefix, keys, values, self.paths)
         options = {"scale": 0.35, "window": window, "backend": backend}
@@ -131,7 +131,7 @@ def test_anything_against_the_twin(
 
 
 def test_rows_of_one_projection():
-    """Query, keys and values as the draft has them: columns of one product."""
+    """Query, keys and values are columns of one product, as in the draft."""
     level = Level([40, 70], 4, 2, 2, 2)
     expected = level.run("native")
     joint = torch.cat([level.query, *level.new], dim=1)

@@ -16,9 +16,9 @@ BACKENDS = ["native", "torch"]
 
 
 class Batch:
-    """Requests with a tree after each prefix; a negative prefix is a chunk of prefill of that many rows.
+    """Requests with a tree after each prefix. A negative prefix -n is a chunk of n rows of a prompt.
 
-    Everything in the cache that no row may see holds NaN.
+    All keys and values in the cache that no row sees are NaN.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Batch:
         )  # fmt: skip
 
     def dense(self, window=0, softcap=0.0, sinks=None):
-        """Row by row and head by head in float64."""
+        """Dense attention, row by row and head by head in float64."""
         out = torch.zeros(self.query.shape, dtype=torch.float64)
         heads = self.query.shape[1]
         for r, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
@@ -139,7 +139,7 @@ def test_anything_against_the_twin(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_blocks_that_a_window_has_freed_are_not_read(backend):
-    """vLLM puts block 0 where a window's old blocks were: it holds anything."""
+    """vLLM puts block 0 in place of a window's old blocks, and block 0 may contain anything."""
     batch = Batch([190], 9, 1, 2)
     expected = batch.dense(window=40)
     batch.table[0, :4] = 0
@@ -149,7 +149,7 @@ def test_blocks_that_a_window_has_freed_are_not_read(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_padding_is_left_alone(backend):
-    """Rows and requests past the last: vLLM pads a batch by repeating the last row's end."""
+    """vLLM pads a batch with rows and requests after the last one, by repeating the last value of query_start_loc."""
     batch = Batch([40, 70], 5, 1, 2)
     expected = batch.dense()
     batch.query = torch.cat([batch.query, torch.full((3, 2, 16), float("nan"))])
@@ -181,7 +181,7 @@ def test_one_layer_of_a_cache_of_several(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("what", ["keys", "values"])
 def test_a_broken_key_is_not_hidden(backend, what):
-    """NaN in the first token's key or value: every row of that request, and no other, is NaN."""
+    """With NaN in the first token's key or value, all rows of that request are NaN, and no other row is."""
     batch = Batch([40, 70], 5, 1, 2)
     element = getattr(batch.layout, what)[0].long()
     batch.cache[batch.table[0, 0]].flatten(1)[0, element] = float("nan")
