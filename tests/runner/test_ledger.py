@@ -16,11 +16,12 @@ import vllm_eagle3.runner
 from vllm_eagle3.runner.calls import CALLED
 from vllm_eagle3.runner.interpreter_changes import INTERPRETER_CHANGES
 from vllm_eagle3.runner.ledger import ADDITIONS, CPU_CHANGES, PATCHES
+from vllm_eagle3.runner.ledger import CHANGES as MODULE_CHANGES
 from vllm_eagle3.runner.overrides import SUBCLASSES
 from vllm_eagle3.runner.upstream import UpstreamSignature, installed
 from vllm_eagle3.runner.v2.cpu.register import cpu_forms
 
-CHANGES = (*CPU_CHANGES, *INTERPRETER_CHANGES, *ADDITIONS)
+CHANGES = (*MODULE_CHANGES, *CPU_CHANGES, *INTERPRETER_CHANGES, *ADDITIONS)
 ENTRIES = (*PATCHES, *CHANGES, *SUBCLASSES)
 LAUNCH_OPTIONS = {"num_warps"}  # passed on by vLLM's registry, beside a kernel's own parameters
 UPSTREAM = list(
@@ -43,6 +44,8 @@ OF_THE_LANGUAGE = {
     "_abc_impl",
 }
 OF_THE_LANGUAGE |= {"_is_protocol", "__subclasshook__"}
+OF_A_DATACLASS = {"__init__", "__repr__", "__eq__", "__hash__", "__match_args__"}
+OF_A_DATACLASS |= {"__dataclass_params__", "__dataclass_fields__"}
 
 
 @pytest.mark.parametrize("upstream", UPSTREAM, ids=lambda upstream: upstream.qualname)
@@ -118,7 +121,8 @@ def overrides(cls: type) -> set[tuple[str, str]]:
     mixins = [base for base in cls.__mro__ if base.__module__.startswith("vllm_eagle3.")]
     mixins = [cls, *(base for base in mixins if not any(map(is_upstream, base.__mro__)))]
     out = set()
-    for name in {name for base in mixins for name in vars(base)} - OF_THE_LANGUAGE:
+    made = OF_THE_LANGUAGE | (OF_A_DATACLASS if "__dataclass_fields__" in vars(cls) else set())
+    for name in {name for base in mixins for name in vars(base)} - made:
         owner = next((base for base in theirs if name in vars(base)), None)
         if owner is not None:
             out.add((owner.__module__, f"{owner.__qualname__}.{name}"))

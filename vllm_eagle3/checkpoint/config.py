@@ -6,7 +6,7 @@ from typing import Any
 
 from vllm_eagle3.checkpoint.aux_layers import USUAL, AuxLayers, resolve_aux_layers
 from vllm_eagle3.checkpoint.errors import CheckpointError
-from vllm_eagle3.checkpoint.reader import Reader, check_kinds
+from vllm_eagle3.checkpoint.reader import MOST_POSITIONS, Reader, check_kinds
 from vllm_eagle3.checkpoint.rope import resolve_rope
 from vllm_eagle3.checkpoint.stock import LLAMA, left_to_stock
 from vllm_eagle3.checkpoint.target import TargetFacts
@@ -237,7 +237,7 @@ def _layer_config(reader: Reader, config: Mapping[str, Any], notes: list[str]) -
         "num_key_value_heads": kv_heads,
         "head_dim": reader.size("head_dim", default=hidden_size // heads),
         "vocab_size": reader.size("vocab_size"),
-        "max_position_embeddings": reader.size("max_position_embeddings"),
+        "max_position_embeddings": reader.size("max_position_embeddings", most=MOST_POSITIONS),
         "hidden_act": "silu",
         "rms_norm_eps": layer.get("rms_norm_eps") or 1e-6,
         "rope_parameters": rope,

@@ -22,6 +22,8 @@ KINDS: dict[str, Any] = {
 KIND_NAMES = {list: "a list of strings", Mapping: "an object", str: "a string", NUMBER: "a number"}
 LARGEST = 1 << 31
 """Far above every size of a real draft. A config that states more is damaged, and is refused before any allocation."""
+MOST_POSITIONS = 1 << 24
+"""vLLM makes a table of rotary embeddings with so many rows; the longest context of a known model is 10 million."""
 
 
 def check_kinds(config: Mapping[str, Any], source: str) -> None:
@@ -47,14 +49,14 @@ class Reader:
             raise CheckpointError(f"{source}: expected a JSON object, found {type(values).__name__}")
         self.values, self.source = values, source
 
-    def size(self, key: str, default: int | None = None) -> int:
-        """A positive integer."""
+    def size(self, key: str, default: int | None = None, most: int = LARGEST) -> int:
+        """An integer from 1 to `most`."""
         value = self.values.get(key)
         value = default if value is None else value
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise CheckpointError(f"{self.source}: {key}: expected a positive integer, found {value!r:.200}")
-        if value > LARGEST:
-            raise CheckpointError(f"{self.source}: {key}: expected at most {LARGEST}, found {value}")
+        if value > most:
+            raise CheckpointError(f"{self.source}: {key}: expected at most {most}, found {value}")
         return value
 
     def flag(self, key: str, default: bool = False) -> bool:

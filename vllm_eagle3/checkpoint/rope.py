@@ -1,9 +1,11 @@
 """Reads the rotary embedding settings of old and new HF configs into one `rope_parameters` dict."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from vllm_eagle3.checkpoint.errors import CheckpointError
+from vllm_eagle3.checkpoint.reader import MOST_POSITIONS
 
 DEFAULT_THETA = 10000.0  # transformers' default for llama and qwen3
 
@@ -42,4 +44,18 @@ def resolve_rope(layer: Mapping[str, Any], *, source: str) -> tuple[dict[str, An
         rope["rope_type"] = "default" if old_style in (None, "mrope") else old_style
     if layer.get("partial_rotary_factor") is not None:
         rope.setdefault("partial_rotary_factor", layer["partial_rotary_factor"])
+    original, factor = rope.get("original_max_position_embeddings"), rope.get("factor")
+    for key, value, low, high in (
+        ("original_max_position_embeddings", original, 1, MOST_POSITIONS),
+        ("factor", factor, 0, MOST_POSITIONS),
+        ("factor x original_max_position_embeddings", _product(original, factor), 0, MOST_POSITIONS),
+    ):
+        if value is not None and not (isinstance(value, int | float) and low <= value <= high):
+            raise CheckpointError(
+                f"{source}: rope: {key}: expected a number from {low} to {high}, found {value!r:.100}"
+            )
     return rope, notes
+
+
+def _product(*numbers: Any) -> float | None:
+    return math.prod(numbers) if all(isinstance(n, int | float) for n in numbers) else None

@@ -88,9 +88,10 @@ def _rewrite(model: Any, config: DraftConfig, max_model_len: int) -> None:
     hf.num_aux_hidden_states = hf.num_aux_layers = config.num_aux_hidden_states  # llama's and qwen3's name
     for flag in ("norm_before_residual", "fc_norm", "norm_output"):
         setattr(hf, flag, getattr(config, flag))
-    # Trainers state the length that they trained on, and vLLM sizes the table of rotations by it. A longer table has
-    # the same values without scaling. With scaling, vLLM takes the size from the scaling settings.
+    # Trainers state the length that they trained on, and vLLM sizes the table of rotations by it. Without scaling the
+    # table has the same values however long it is, so it is made as long as the sequences are. With scaling, vLLM
+    # takes the size from the scaling settings.
     rope_type = (config.layer_config["rope_parameters"] or {}).get("rope_type", "default")
-    if hf.max_position_embeddings < max_model_len and rope_type == "default":
+    if rope_type == "default":
         hf.max_position_embeddings = max_model_len
         model.max_model_len = max_model_len

@@ -31,6 +31,8 @@ class Policy:
     PROBE_REQUESTS = 8  # at K = 0 one request in 8 probes
     PROBE_KEEP = 0.75  # what such a probe leaves of the acceptance known before
     MAX_CREDIT = 8.0  # steps' worth of probing that can be saved up
+    PROBE_LOSS = 0.1  # what such a probe costs at least, in steps a probing request, whatever is expected
+    DOUBTFUL_LOSS = 0.5  # the same while the draft is of no use: about one step in 70 probes
     PROBE_FLOOR = 0.8  # neighbours expected to be slower than this share of the current speed are not probed
 
     REQUEST_WINDOW = 32.0  # drafts a request's own acceptance looks back
@@ -65,6 +67,7 @@ class Policy:
         self._credit: float | None = None  # seconds that probes may cost; the first choice grants two steps
         self._probe: Shape | None = None
         self._probe_left = 0  # further steps of the probe
+        self.doubtful = False  # whether hardly any draft was accepted lately
         self.probing = False  # whether the last choice is a probe at K = 0, which only a few requests verify
         self._turn = 0  # rotates the probing requests
         self._tries: dict[tuple[int, int], int] = {}
@@ -198,7 +201,9 @@ class Policy:
             # What drafting costs here is known from steps that drafted. Steps without drafts alone would say that a
             # probe costs nothing wherever a row more does, and every other step would be one.
             correction = max(self.cost.correction(batch, nodes) for nodes in (0, shape.nodes))
-            if self._pay(seconds * correction - now):
+            share = self._probers(batch) / batch
+            least = share * now * (self.DOUBTFUL_LOSS if self.doubtful else self.PROBE_LOSS)
+            if self._pay(max(seconds * correction - now, least)):
                 self._probe, self.probing = shape, True
                 self._turn += self._probers(batch)
 

@@ -140,6 +140,25 @@ PATCHES = (
         "asks for it before any config exists",
         remove_when="vLLM lets plugins see a config before it is settled",
     ),
+    Patch(
+        module="vllm.v1.metrics.loggers",
+        name="PrometheusStatLogger._spec_decoding_cls",
+        replacement="vllm_eagle3.runner.hooks.spec_metrics:Eagle3Prom",
+        upstream=UpstreamSignature(
+            "vllm.v1.metrics.loggers", "PrometheusStatLogger._spec_decoding_cls", "SpecDecodingProm"
+        ),
+        reason="vLLM shows counts of drafts only; operators also need the numbers of drafts chosen, their time and "
+        "fall-backs",
+        remove_when="a scheduler can send metrics of its own to the front end",
+    ),
+    Patch(
+        module="vllm.v1.metrics.loggers",
+        name="SpecDecodingLogging",
+        replacement="vllm_eagle3.runner.hooks.spec_metrics:Eagle3Logging",
+        upstream=UpstreamSignature("vllm.v1.spec_decode.metrics", "SpecDecodingLogging.log", "self, log_fn"),
+        reason="the same in the log, where vLLM's line also divides by the number of drafts, which may be 0",
+        remove_when="a scheduler can send metrics of its own to the front end",
+    ),
     *(
         Patch(
             module=module,
@@ -179,6 +198,20 @@ CPU_CHANGES = (
     ),
 )
 
+CHANGES = (
+    ModuleChange(
+        module="vllm.v1.metrics.stats",
+        function="vllm_eagle3.runner.hooks.spec_metrics:widen_stats",
+        upstream=(
+            UpstreamSignature(
+                "vllm.v1.metrics.stats", "SchedulerStats.spec_decoding_stats", "SpecDecodingStats | None"
+            ),
+        ),
+        reason="the front end decodes what the scheduler sends by this annotation, and would drop our fields",
+        remove_when="a scheduler can send metrics of its own to the front end",
+    ),
+)
+
 # Made by the platform hook (`triton_interpreter.platform_plugin`), which runs before vLLM asks for its own version.
 ADDITIONS = (
     Addition(
@@ -195,9 +228,9 @@ _installed = False
 
 
 def install() -> None:
-    """Arrange all PATCHES and CPU_CHANGES in this process. Idempotent."""
+    """Arrange all PATCHES, CHANGES and CPU_CHANGES in this process. Idempotent."""
     global _installed
     if not _installed:
         _installed = True
         after_import([(patch.module, patch.apply) for patch in PATCHES])
-        after_import([(change.module, change.apply) for change in CPU_CHANGES])
+        after_import([(change.module, change.apply) for change in (*CHANGES, *CPU_CHANGES)])

@@ -3,6 +3,7 @@
 `tests/runner/test_ledger.py` walks the package and fails on an override that is not listed here.
 """
 
+from vllm_eagle3.runner.serving_overrides import SERVING_SUBCLASSES, methods
 from vllm_eagle3.runner.upstream import Subclass, UpstreamSignature
 
 _SCHEDULER = "vllm.v1.core.sched"
@@ -19,21 +20,17 @@ _NO_REGISTRY = "vLLM has a registry of proposers (vllm-project/vllm#36219)"
 _NO_TREES = "vLLM verifies draft trees"
 
 
-def _methods(module: str, owner: str, **signatures: str) -> tuple[UpstreamSignature, ...]:
-    return tuple(UpstreamSignature(module, f"{owner}.{name}", text) for name, text in signatures.items())
-
-
 def _draft(name: str, module: str, stock: str) -> Subclass:
     return Subclass(
         f"vllm_eagle3.model.draft:{name}",
-        _methods(
+        methods(
             f"vllm.model_executor.models.{module}",
             stock,
             __init__="self, vllm_config, prefix",
             load_weights="self, weights",
             combine_hidden_states="self, hidden_states",
         )
-        + _methods(
+        + methods(
             "vllm.model_executor.models.interfaces",
             "LocalArgmaxMixin",
             get_top_tokens="self, hidden_states",
@@ -43,7 +40,7 @@ def _draft(name: str, module: str, stock: str) -> Subclass:
     )
 
 
-_SPECULATOR_PROPOSE = _methods(
+_SPECULATOR_PROPOSE = methods(
     _AUTOREGRESSIVE,
     "TargetDependentARSpeculator",
     propose="self, input_batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_sampled, "
@@ -65,24 +62,26 @@ _ATTENTION_FORWARD = (
 )
 
 SUBCLASSES = (
+    *SERVING_SUBCLASSES,
     Subclass(
         "vllm_eagle3.runner.hooks.input_processor:Eagle3InputProcessor",
-        _methods(
+        methods(
             "vllm.v1.engine.input_processor",
             "InputProcessor",
             __init__="self, vllm_config, renderer, mm_registry",
+            _validate_params="self, params, supported_tasks",
         ),
-        reason="upstream refuses min_p and logit_bias while speculating; the V2 runner applies them correctly",
+        reason="upstream refuses min_p and logit_bias while speculating; the V2 runner applies them correctly. And a "
+        "request's limit of drafts is checked",
         remove_when="upstream refuses them on the V1 runner only",
     ),
     Subclass(
         "vllm_eagle3.runner.policy_scheduler:PolicyMixin",
-        _methods(
+        methods(
             f"{_SCHEDULER}.scheduler",
             "Scheduler",
             __init__="self, vllm_config, kv_cache_config, structured_output_manager, block_size, hash_block_size, "
             "mm_registry, include_finished_set, log_stats",
-            update_draft_token_ids="self, draft_token_ids",
             update_from_output="self, scheduler_output, model_runner_output",
             shutdown="self",
         ),
@@ -90,8 +89,8 @@ SUBCLASSES = (
         remove_when=_NO_HOOK,
     ),
     Subclass(
-        "vllm_eagle3.runner.policy_scheduler:AsyncPolicyScheduler",
-        _methods(
+        "vllm_eagle3.runner.policy_scheduler:AsyncDraftScheduler",
+        methods(
             f"{_SCHEDULER}.async_scheduler",
             "AsyncScheduler",
             _update_after_schedule="self, scheduler_output",
@@ -101,7 +100,7 @@ SUBCLASSES = (
     ),
     Subclass(
         "vllm_eagle3.runner.v1.greedy_rejection_sampler:GreedyRejectionSampler",
-        _methods(
+        methods(
             "vllm.v1.sample.rejection_sampler",
             "RejectionSampler",
             forward="self, metadata, draft_probs, logits, sampling_metadata",
@@ -111,8 +110,8 @@ SUBCLASSES = (
     ),
     Subclass(
         "vllm_eagle3.runner.v1.proposer:Eagle3Proposer",
-        _methods("vllm.v1.spec_decode.eagle", "EagleProposer", __init__="self, vllm_config, device, runner")
-        + _methods(
+        methods("vllm.v1.spec_decode.eagle", "EagleProposer", __init__="self, vllm_config, device, runner")
+        + methods(
             _PROPOSER,
             "SpecDecodeBaseProposer",
             propose="self, num_speculative_tokens, target_token_ids, target_positions, target_hidden_states, "
@@ -133,7 +132,7 @@ SUBCLASSES = (
         (
             *_SPECULATOR_PROPOSE,
             _SAMPLE_DRAFT,
-            *_methods(
+            *methods(
                 _SPECULATOR,
                 "DraftModelSpeculator",
                 get_draft_top_tokens="self, hidden_states, spec_step_idx",
@@ -145,8 +144,8 @@ SUBCLASSES = (
     Subclass(
         "vllm_eagle3.runner.v2.cpu_speculator:CPUSpeculator",
         (
-            *_methods(_AUTOREGRESSIVE, "TargetDependentARSpeculator", __init__="self, vllm_config, device"),
-            *_methods(_AUTOREGRESSIVE, "TargetDependentARSpeculator", load_model="self, target_model"),
+            *methods(_AUTOREGRESSIVE, "TargetDependentARSpeculator", __init__="self, vllm_config, device"),
+            *methods(_AUTOREGRESSIVE, "TargetDependentARSpeculator", load_model="self, target_model"),
             *_SPECULATOR_PROPOSE,
         ),
         reason="on a CPU one step over the drafting rows is faster than vLLM's padded and compiled forward pass",
@@ -154,7 +153,7 @@ SUBCLASSES = (
     ),
     Subclass(
         "vllm_eagle3.runner.v2.cpu_speculator:StoppedChains",
-        _methods(
+        methods(
             "vllm.v1.worker.gpu.spec_decode.utils",
             "DraftTokensHandler",
             set_draft_tokens="self, input_batch, draft_tokens",
@@ -166,7 +165,7 @@ SUBCLASSES = (
     Subclass(
         "vllm_eagle3.runner.v2.tree_speculator:TreeSpeculator",
         (
-            *_methods(
+            *methods(
                 _AUTOREGRESSIVE,
                 "TargetDependentARSpeculator",
                 __init__="self, vllm_config, device",
@@ -174,7 +173,7 @@ SUBCLASSES = (
                 init_cudagraph_manager="self, cudagraph_mode",
                 capture="self",
             ),
-            *_methods(
+            *methods(
                 _SPECULATOR,
                 "DraftModelSpeculator",
                 set_attn="self, model_state, kv_cache_config, block_tables, target_input_buffers, "
@@ -188,13 +187,13 @@ SUBCLASSES = (
     ),
     Subclass(
         "vllm_eagle3.runner.v2.cpu_tree_speculator:CPUTreeSpeculator",
-        _methods(_AUTOREGRESSIVE, "TargetDependentARSpeculator", __init__="self, vllm_config, device"),
+        methods(_AUTOREGRESSIVE, "TargetDependentARSpeculator", __init__="self, vllm_config, device"),
         reason="on a CPU the trees' steps are those of CPUSpeculator",
         remove_when=_NO_TREES,
     ),
     Subclass(
         "vllm_eagle3.runner.v2.tree_model_state:TreeModelState",
-        _methods(
+        methods(
             f"{_MODEL_STATES}.default",
             "DefaultModelState",
             __init__="self, vllm_config, model, encoder_cache, device",
@@ -204,7 +203,7 @@ SUBCLASSES = (
             prepare_inputs="self, input_batch, req_states",
             prepare_dummy_inputs="self, num_reqs, num_tokens",
         )
-        + _methods(
+        + methods(
             f"{_MODEL_STATES}.interface",
             "ModelState",
             initialize_kv_cache="self, kv_cache_config, block_tables",
@@ -216,7 +215,7 @@ SUBCLASSES = (
     ),
     Subclass(
         "vllm_eagle3.runner.v2.tree_rejection_sampler:TreeRejectionSampler",
-        _methods(
+        methods(
             "vllm.v1.worker.gpu.spec_decode.rejection_sampler",
             "RejectionSampler",
             __init__="self, sampler, spec_config, device, watermark_key",
@@ -228,13 +227,13 @@ SUBCLASSES = (
     ),
     Subclass(
         "vllm_eagle3.runner.v2.tree_attention:TreeCPUAttentionBackend",
-        _methods(_CPU_ATTENTION, "CPUAttentionBackend", get_impl_cls=""),
+        methods(_CPU_ATTENTION, "CPUAttentionBackend", get_impl_cls=""),
         reason="vLLM's CPU attention knows causal masks only, and its platform has no second backend to select",
         remove_when=_NO_TREES,
     ),
     Subclass(
         "vllm_eagle3.runner.v2.tree_attention:TreeCPUAttentionImpl",
-        _methods(
+        methods(
             _CPU_ATTENTION,
             "CPUAttentionBackendImpl",
             __init__="self, num_heads, head_size, scale, num_kv_heads, alibi_slopes, sliding_window, "
@@ -246,13 +245,13 @@ SUBCLASSES = (
     ),
     Subclass(
         "vllm_eagle3.runner.v2.tree_attention:TreeTritonAttentionBackend",
-        _methods(_TRITON_ATTENTION, "TritonAttentionBackend", get_name="", get_impl_cls=""),
+        methods(_TRITON_ATTENTION, "TritonAttentionBackend", get_name="", get_impl_cls=""),
         reason="vLLM's Triton attention knows causal masks only",
         remove_when=_NO_TREES,
     ),
     Subclass(
         "vllm_eagle3.runner.v2.tree_attention:TreeTritonAttentionImpl",
-        _methods(
+        methods(
             _TRITON_ATTENTION,
             "TritonAttentionImpl",
             __init__="self, num_heads, head_size, scale, num_kv_heads, alibi_slopes, sliding_window, "
@@ -266,13 +265,13 @@ SUBCLASSES = (
     ),
     Subclass(
         "vllm_eagle3.runner.v2.tree_flash_attention:TreeFlashAttentionBackend",
-        _methods(_FLASH_ATTENTION, "FlashAttentionBackend", get_name="", get_impl_cls="", get_builder_cls=""),
+        methods(_FLASH_ATTENTION, "FlashAttentionBackend", get_name="", get_impl_cls="", get_builder_cls=""),
         reason="FlashAttention knows causal masks only",
         remove_when=_NO_TREES,
     ),
     Subclass(
         "vllm_eagle3.runner.v2.tree_flash_attention:TreeFlashAttentionBuilder",
-        _methods(
+        methods(
             _FLASH_ATTENTION,
             "FlashAttentionMetadataBuilder",
             get_cudagraph_support="cls, vllm_config, kv_cache_spec",
@@ -282,7 +281,7 @@ SUBCLASSES = (
     ),
     Subclass(
         "vllm_eagle3.runner.v2.tree_flash_attention:TreeFlashAttentionImpl",
-        _methods(
+        methods(
             _FLASH_ATTENTION,
             "FlashAttentionImpl",
             __init__="self, num_heads, head_size, scale, num_kv_heads, alibi_slopes, sliding_window, "

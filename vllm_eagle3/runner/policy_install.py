@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vllm.eagle3")
 
 SCHEDULER = "vllm_eagle3.runner.policy_scheduler.build_scheduler"
+FIXED_SCHEDULER = "vllm_eagle3.runner.policy_scheduler.build_fixed_scheduler"
 MOST_REQUESTS = 512  # in the widest CUDA graph, as vLLM's default
 MOST_TOKENS = (
     1024  # in a CUDA graph that drafts: FlashAttention 3 keeps 32 fp32 partial outputs a token (4 bytes each)
@@ -29,13 +30,15 @@ def install(vllm_config: VllmConfig, options: Eagle3Options) -> bool:
     `VllmConfig.__post_init__`), in the process that builds the config. Where something else already decides the
     number of drafts, the policy is not installed, with a warning.
     """
-    if options.policy != "auto":
-        return False
     if in_charge(vllm_config):
         return True
+    if options.policy != "auto":
+        _install_fixed(vllm_config)
+        return False
     reason = _obstacle(vllm_config)
     if reason is not None:
         logger.warning("vllm-eagle3: policy 'auto' is off, the number of drafts is fixed: %s", reason)
+        _install_fixed(vllm_config)
         return False
     spec, scheduler = vllm_config.speculative_config, vllm_config.scheduler_config
     assert spec is not None
@@ -58,13 +61,19 @@ def install(vllm_config: VllmConfig, options: Eagle3Options) -> bool:
     return True
 
 
+def _install_fixed(vllm_config: VllmConfig) -> None:
+    """Requests limit their drafts, and operators see what is drafted, without the policy too."""
+    if vllm_config.scheduler_config.scheduler_cls is None:
+        vllm_config.scheduler_config.scheduler_cls = FIXED_SCHEDULER
+
+
 def _obstacle(vllm_config: VllmConfig) -> str | None:
     """Why the policy cannot decide the number of drafts of this engine; None if it can."""
     spec, parallel = vllm_config.speculative_config, vllm_config.parallel_config
     assert spec is not None
     if spec.num_speculative_tokens_per_batch_size is not None:
         return "num_speculative_tokens_per_batch_size is given"
-    if vllm_config.scheduler_config.scheduler_cls is not None:
+    if vllm_config.scheduler_config.scheduler_cls not in (None, FIXED_SCHEDULER):
         return f"scheduler_cls is {vllm_config.scheduler_config.scheduler_cls!r}"
     if getattr(spec, "enable_adaptive_verification", False):
         return "enable_adaptive_verification is on"

@@ -21,6 +21,7 @@ from vllm_eagle3.config import Eagle3Options
 from vllm_eagle3.policy.cost_file import CostFile, CostKey
 from vllm_eagle3.policy.policy import Policy
 from vllm_eagle3.policy.shape import NOTHING, Shape, chains
+from vllm_eagle3.runner.draft_scheduler import DraftScheduler
 from vllm_eagle3.runner.policy_install import largest_tree, tree_shapes
 
 if TYPE_CHECKING:
@@ -32,6 +33,12 @@ if TYPE_CHECKING:
 def build_scheduler(vllm_config: VllmConfig, **kwargs: Any) -> Scheduler:
     """The scheduler of an engine with the policy, asynchronous where configured. A value of `scheduler_cls`."""
     cls = AsyncPolicyScheduler if vllm_config.scheduler_config.async_scheduling else PolicyScheduler
+    return cls(vllm_config=vllm_config, **kwargs)
+
+
+def build_fixed_scheduler(vllm_config: VllmConfig, **kwargs: Any) -> Scheduler:
+    """The same without the policy: every step drafts as much as it may."""
+    cls = AsyncDraftScheduler if vllm_config.scheduler_config.async_scheduling else DraftScheduler
     return cls(vllm_config=vllm_config, **kwargs)
 
 
@@ -85,7 +92,7 @@ class _Lookup:
         return self.scheduler.choose(batch)
 
 
-class PolicyMixin(Scheduler):
+class PolicyMixin(DraftScheduler):
     """What the policy adds to each of vLLM's two schedulers."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -97,28 +104,39 @@ class PolicyMixin(Scheduler):
         # Of the last step: batch, shape, context, seconds, drafts verified a request. The policy learns from it when
         # the number of drafts that the step made is known.
         self._unlearned: tuple[int, Shape, float, float, float] | None = None
-        self._last_update: float | None = None  # None if the engine has been idle since
         # A step whose requests verify different numbers of drafts cannot use full graphs, which hold uniform batches.
         self._ragged = not self.vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
         self.dynamic_sd_lookup = _Lookup(self)  # type: ignore[assignment]
 
     def choose(self, batch: int) -> int:
         """Drafts a request in the step that is being scheduled. `schedule` calls this in place of vLLM's table."""
+        most = self.largest_limit()
+        if most == 0:
+            self._shape = NOTHING
+            return 0
+        self.draft_policy.doubtful = self.draft_is_useless
         self._shape = self.draft_policy.choose(batch, self._context())
+        if most is not None and most < self._shape.nodes:
+            self._shape = next(shape for shape in reversed(self.draft_policy.shapes) if shape.nodes <= most)
         return self._shape.nodes
 
     def _context(self) -> float:
         return sum(r.num_computed_tokens for r in self.running) / max(len(self.running), 1)
 
-    def _cut(self, requests: list[str], drafted: list[int]) -> dict[str, int]:
+    def cut_drafts(self, requests: list[str], drafted: list[int]) -> dict[str, int]:
         """Drafts of this step to verify, for the requests that will not verify all of those `drafted`."""
-        if not requests or not (self._ragged or self.draft_policy.probing) or self._shape == NOTHING:
+        if not requests or self._shape == NOTHING:
             return {}  # asynchronous scheduling makes a step without requests when it runs out of them
-        lengths = self.draft_policy.lengths(requests, self._shape, self._context(), drafted)
-        return {r: k for r, k, n in zip(requests, lengths, drafted, strict=True) if k < n}
+        cut = super().cut_drafts(requests, drafted)
+        if self._ragged or self.draft_policy.probing:
+            lengths = self.draft_policy.lengths(requests, self._shape, self._context(), drafted)
+            for request, length, n in zip(requests, lengths, drafted, strict=True):
+                if length < n:
+                    cut[request] = min(length, cut.get(request, length))
+        return cut
 
-    def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
-        """Synchronous scheduling: keep those drafts of each request that are worth verifying."""
+    def keep_drafts(self, draft_token_ids: DraftTokenIds) -> None:
+        """Keep those drafts of each request that are worth verifying."""
         requests, drafts = draft_token_ids.req_ids, draft_token_ids.draft_token_ids
         scheduled, drafted = self._shape.nodes, [len(ids) for ids in drafts]
         if max(drafted, default=0) > scheduled:
@@ -126,21 +144,20 @@ class PolicyMixin(Scheduler):
             drafted = [0] * len(requests)
         elif self._unlearned is not None:
             self._learn(drafted)
-        cut = self._cut(requests, drafted)
+        cut = self.cut_drafts(requests, drafted)
         for request, ids, length in zip(requests, drafts, drafted, strict=True):
             kept = cut.get(request, length)
             del ids[kept:]
             self._drafted[request] = (kept, kept if request in cut else scheduled)
-        super().update_draft_token_ids(draft_token_ids)
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, Any]:
         """Learn from the step, then let vLLM handle it."""
-        now, self._unlearned = time.perf_counter(), None
+        self._unlearned = None
         self._observe_acceptance(scheduler_output, model_runner_output)
-        if self._last_update is not None:
-            self._observe_seconds(scheduler_output, now - self._last_update)
+        if self._last_step is not None:
+            self._observe_seconds(scheduler_output, time.perf_counter() - self._last_step)
         for request in scheduler_output.finished_req_ids:
             self.draft_policy.forget(request)
             self._drafted.pop(request, None)
@@ -148,7 +165,6 @@ class PolicyMixin(Scheduler):
             batch = len(scheduler_output.num_scheduled_tokens)
             self._learn([scheduler_output.num_spec_tokens_to_schedule] * batch)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        self._last_update = now if self.running else None
         self._cost_file.save_when_due(self.draft_policy.cost, idle=not self.running)
         return outputs
 
@@ -200,13 +216,18 @@ class PolicyScheduler(PolicyMixin):
     """vLLM's synchronous scheduler with the policy."""
 
 
-class AsyncPolicyScheduler(PolicyMixin, AsyncScheduler):
-    """vLLM's asynchronous scheduler with the policy. Drafts are placeholders, which are cut before they are known."""
+class AsyncDraftScheduler(DraftScheduler, AsyncScheduler):
+    """vLLM's asynchronous scheduler. Drafts are placeholders, which are cut before they are known."""
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         super()._update_after_schedule(scheduler_output)
         requests = list(scheduler_output.num_scheduled_tokens)
-        cut = self._cut(requests, [self._shape.nodes] * len(requests))
+        told = scheduler_output.num_spec_tokens_to_schedule
+        cut = self.cut_drafts(requests, [told] * len(requests))
         for request, length in cut.items():
             drafts = self.requests[request].spec_token_ids
             self.requests[request].spec_token_ids = drafts[:length]
+
+
+class AsyncPolicyScheduler(PolicyMixin, AsyncDraftScheduler):
+    """vLLM's asynchronous scheduler with the policy."""

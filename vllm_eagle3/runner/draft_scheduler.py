@@ -1,0 +1,149 @@
+"""What this project adds to vLLM's scheduler whatever the policy.
+
+A request's own limit of drafts, statistics for operators, and a warning where a draft is of no use.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter, defaultdict
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from vllm_eagle3.runner.hooks.spec_metrics import Eagle3Stats
+from vllm_eagle3.runner.request_limit import limit_of
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
+
+logger = logging.getLogger("vllm.eagle3")
+
+LIMITED, USELESS = "a request limits its drafts", "the draft is of no use"  # reasons of fall-backs
+WATCHED_DRAFTS, WATCHED_VERIFICATIONS = 200, 50  # at least so many are judged together
+USEFUL = 0.02  # accepted drafts a verification, at least
+
+
+class DraftScheduler(Scheduler):
+    """Verifies at most as many drafts of a request as it allows, and counts what is drafted and accepted."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._start_counting()
+
+    def _start_counting(self) -> None:
+        self._limits: dict[str, int] = {}  # of the requests that set one
+        self._steps: Counter[str] = Counter()  # by the number of drafts a request was told to make
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._fallbacks: Counter[str] = Counter()
+        self._last_step: float | None = None  # None: the engine was idle since
+        self._watched: Counter[str] = (
+            Counter()
+        )  # verifications, drafts and accepted ones since the last judgement
+        self._warned = self.draft_is_useless = False
+
+    def add_request(self, request: Any) -> None:
+        """Note the limit of drafts that the request sets."""
+        limit = limit_of(request.sampling_params)
+        if limit is not None:
+            self._limits[request.request_id] = limit
+        super().add_request(request)
+
+    def largest_limit(self) -> int | None:
+        """The most drafts that any running request allows; None where one of them sets no limit."""
+        if not self._limits:
+            return None
+        limits = [self._limits.get(request.request_id) for request in self.running]
+        known = [limit for limit in limits if limit is not None]
+        return max(known) if known and len(known) == len(limits) else None
+
+    def cut_drafts(self, requests: list[str], drafted: list[int]) -> dict[str, int]:
+        """How many of its drafts each request will verify, where not all of those `drafted`."""
+        if not self._limits:
+            return {}
+        limited = {
+            r: self._limits[r] for r, n in zip(requests, drafted, strict=True) if n > self._limits.get(r, n)
+        }
+        self._fallbacks[LIMITED] += len(limited)
+        return limited
+
+    def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
+        """Synchronous scheduling: take the drafts that the workers made."""
+        self.keep_drafts(draft_token_ids)
+        super().update_draft_token_ids(draft_token_ids)
+
+    def keep_drafts(self, draft_token_ids: DraftTokenIds) -> None:
+        """Keep of each request's drafts those that will be verified."""
+        requests, drafts = draft_token_ids.req_ids, draft_token_ids.draft_token_ids
+        for request, kept in self.cut_drafts(requests, [len(ids) for ids in drafts]).items():
+            del drafts[requests.index(request)][kept:]
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, Any]:
+        """Count the step, then let vLLM handle it."""
+        now, drafts = time.perf_counter(), str(scheduler_output.num_spec_tokens_to_schedule)
+        if scheduler_output.num_scheduled_tokens:
+            self._steps[drafts] += 1
+            if self._last_step is not None:
+                self._seconds[drafts] += now - self._last_step
+        self._watch(scheduler_output, model_runner_output)
+        for request in scheduler_output.finished_req_ids:
+            self._limits.pop(request, None)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        self._last_step = now if self.running else None
+        return outputs
+
+    def _watch(self, step: SchedulerOutput, output: ModelRunnerOutput) -> None:
+        """Judge the draft by the last drafts, whenever there are enough of them; say once that it is of no use."""
+        seen = self._watched
+        for request, drafts in step.scheduled_spec_decode_tokens.items():
+            index = output.req_id_to_index.get(request)
+            if output.sampled_token_ids and index is not None and output.sampled_token_ids[index]:
+                seen["verifications"] += 1
+                seen["drafts"] += len(drafts)
+                seen["accepted"] += len(output.sampled_token_ids[index]) - 1
+        if seen["drafts"] < WATCHED_DRAFTS or seen["verifications"] < WATCHED_VERIFICATIONS:
+            return
+        self.draft_is_useless = seen["accepted"] < USEFUL * seen["verifications"]
+        if self.draft_is_useless:
+            self._fallbacks[USELESS] += 1
+            self._warn()
+        seen.clear()
+
+    def _warn(self) -> None:
+        if self._warned:
+            return
+        self._warned = True
+        spec = self.vllm_config.speculative_config
+        assert spec is not None and spec.draft_model_config is not None
+        logger.warning(
+            "vllm-eagle3: of the last %d drafts %d were accepted: %s is probably no draft for %s, or reads other "
+            "layers than it was trained on (option aux_layers). `vllm-eagle3 inspect DRAFT --target TARGET` says "
+            "how it is read",
+            self._watched["drafts"],
+            self._watched["accepted"],
+            spec.draft_model_config.model,
+            self.vllm_config.model_config.model,
+        )
+
+    def make_stats(self, spec_decoding_stats: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's statistics of a step, with those that were counted here since the last ones."""
+        stats = super().make_stats(spec_decoding_stats, *args, **kwargs)
+        if stats is not None and (self._steps or spec_decoding_stats is not None):
+            own = spec_decoding_stats or Eagle3Stats.new(self.num_spec_tokens)
+            own.steps, own.seconds = dict(self._steps), dict(self._seconds)
+            own.fallbacks = {reason: n for reason, n in self._fallbacks.items() if n}
+            stats.spec_decoding_stats = own
+            self._steps.clear()
+            self._seconds.clear()
+            self._fallbacks.clear()
+        return stats
+
+    def make_spec_decoding_stats(self, spec_decoding_stats: Any, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's statistics of speculation in a step, in our class."""
+        if self.log_stats and spec_decoding_stats is None:
+            spec_decoding_stats = Eagle3Stats.new(self.num_spec_tokens)
+        return super().make_spec_decoding_stats(spec_decoding_stats, *args, **kwargs)
