@@ -133,7 +133,7 @@ class DraftScheduler(Scheduler):
         """vLLM's statistics of a step, with those that were counted here since the last ones."""
         stats = super().make_stats(spec_decoding_stats, *args, **kwargs)
         if stats is not None and (self._steps or spec_decoding_stats is not None):
-            own = spec_decoding_stats or Eagle3Stats.new(self.num_spec_tokens)
+            own: Any = spec_decoding_stats or Eagle3Stats.new(self.num_spec_tokens)
             own.steps, own.seconds = dict(self._steps), dict(self._seconds)
             own.fallbacks = {reason: n for reason, n in self._fallbacks.items() if n}
             stats.spec_decoding_stats = own
