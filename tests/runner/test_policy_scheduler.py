@@ -125,7 +125,7 @@ def test_asynchronous_scheduling_learns_at_once(monkeypatch):
     sched.scheduler_config = SimpleNamespace(async_scheduling=True)
     sched.running = [SimpleNamespace(num_computed_tokens=9)]
     sched._start_counting()
-    sched._drafted, sched._unlearned, sched._last_step = {}, None, 0.0
+    sched._drafted, sched._cut_trees, sched._unlearned, sched._last_step = {}, set(), None, 0.0
     monkeypatch.setattr(policy_scheduler.AsyncScheduler, "update_from_output", lambda *_: {})
     step = SimpleNamespace(
         num_invalid_spec_tokens=None,

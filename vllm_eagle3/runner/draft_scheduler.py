@@ -39,9 +39,8 @@ class DraftScheduler(Scheduler):
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._fallbacks: Counter[str] = Counter()
         self._last_step: float | None = None  # None: the engine was idle since
-        self._watched: Counter[str] = (
-            Counter()
-        )  # verifications, drafts and accepted ones since the last judgement
+        # Verifications, drafts and accepted drafts since the last judgement.
+        self._watched: Counter[str] = Counter()
         self._warned = self.draft_is_useless = False
 
     def add_request(self, request: Any) -> None:
@@ -90,9 +89,9 @@ class DraftScheduler(Scheduler):
             if self._last_step is not None:
                 self._seconds[drafts] += now - self._last_step
         self._watch(scheduler_output, model_runner_output)
-        for request in scheduler_output.finished_req_ids:
-            self._limits.pop(request, None)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
+        for request in [request for request in self._limits if request not in self.requests]:
+            del self._limits[request]
         self._last_step = now if self.running else None
         return outputs
 

@@ -101,6 +101,7 @@ class PolicyMixin(DraftScheduler):
         self._shape = NOTHING
         # Of each request: drafts that it will verify, and drafts that were scheduled for it.
         self._drafted: dict[str, tuple[int, int]] = {}
+        self._cut_trees: set[str] = set()  # requests that verify less than the tree drafted for them
         # Of the last step: batch, shape, context, seconds, drafts verified a request. The policy learns from it when
         # the number of drafts that the step made is known.
         self._unlearned: tuple[int, Shape, float, float, float] | None = None
@@ -133,6 +134,9 @@ class PolicyMixin(DraftScheduler):
             for request, length, n in zip(requests, lengths, drafted, strict=True):
                 if length < n:
                     cut[request] = min(length, cut.get(request, length))
+        self._cut_trees.difference_update(requests)
+        if self._shape.width > 1:
+            self._cut_trees.update(cut)
         return cut
 
     def keep_drafts(self, draft_token_ids: DraftTokenIds) -> None:
@@ -161,6 +165,7 @@ class PolicyMixin(DraftScheduler):
         for request in scheduler_output.finished_req_ids:
             self.draft_policy.forget(request)
             self._drafted.pop(request, None)
+            self._cut_trees.discard(request)
         if self.scheduler_config.async_scheduling and self._unlearned is not None:
             batch = len(scheduler_output.num_scheduled_tokens)
             self._learn([scheduler_output.num_spec_tokens_to_schedule] * batch)
@@ -176,7 +181,7 @@ class PolicyMixin(DraftScheduler):
             sampled = (
                 output.sampled_token_ids[index] if output.sampled_token_ids and index is not None else ()
             )
-            if len(sampled):
+            if len(sampled) and request not in self._cut_trees:  # a tree's best nodes are no shape of the menu
                 verified = len(drafts) - invalid.get(request, 0)
                 expected, scheduled = self._drafted.get(request, (verified, verified))
                 # Where a chain stopped early, the drafts that were not made count as not accepted.
