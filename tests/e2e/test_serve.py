@@ -25,7 +25,9 @@ def test_chat_completion(server):
     ask |= {"temperature": 0, "max_tokens": 24}
     first = client.chat.completions.create(**ask).choices[0].message.content
     pieces = client.chat.completions.create(**ask, stream=True)
-    assert "Paris" in first and first == "".join(p.choices[0].delta.content or "" for p in pieces if p.choices)
+    assert "Paris" in first and first == "".join(
+        p.choices[0].delta.content or "" for p in pieces if p.choices
+    )
     assert server.total("vllm:spec_decode_num_drafts_total") > 0
     assert server.total("vllm:eagle3_steps_total") > 0
     assert "vllm-eagle3: drafting for" in server.log.read_text()

@@ -6,7 +6,7 @@ import pytest
 from vllm_eagle3.policy.acceptance import expected_tokens
 from vllm_eagle3.policy.cost import SeenCost, StepCostModel
 from vllm_eagle3.policy.policy import Policy
-from vllm_eagle3.policy.shape import NOTHING, Shape, chains, menu
+from vllm_eagle3.policy.shape import NOTHING, Shape, chains, menu, shape_name
 
 LARGEST = Shape(60, 6, 10)
 
@@ -70,3 +70,8 @@ def test_chooses_the_kind_that_pays(row_ms, chain, wanted):
     )
     assert kinds.count(wanted) >= 0.8 * len(kinds), {kind: kinds.count(kind) for kind in set(kinds)}
     assert tokens / seconds >= 0.93 * best
+
+
+def test_names_for_operators():
+    assert shape_name(0, tree=False) == shape_name(0, tree=True) == "none"
+    assert shape_name(3, tree=False) == "chain of 3" and shape_name(12, tree=True) == "tree of 12"

@@ -167,6 +167,27 @@ def test_it_learns_acceptance_and_cost_and_keeps_them(
     assert again.cost.to_json() == seen
 
 
+def test_a_first_token_does_not_wait_for_drafts(engine, closed_form_target, closed_form_draft):
+    llm = engine(
+        closed_form_target,
+        speculative_config=speculative(closed_form_draft, 4),
+        additional_config=AUTO,
+        max_num_batched_tokens=16,
+    )
+    sched, steps = scheduler(llm), []
+    sched.draft_policy.choose = lambda batch, context: sched.draft_policy.by_nodes[4]
+    update = sched.update_from_output
+
+    def noted(step, output):
+        steps.append(step.num_spec_tokens_to_schedule)
+        return update(step, output)
+
+    sched.update_from_output = noted
+    prompt = [3, 9, 27] + [5] * 20  # takes two steps: the first one ends within it
+    assert token_ids(llm, [prompt], GREEDY) == [greedy_text(5, 48)]
+    assert steps[:2] == [4, 0] and set(steps[2:]) == {4}
+
+
 def test_what_it_learned_is_kept_without_a_clean_stop(
     engine, closed_form_target, closed_form_draft, tmp_path
 ):

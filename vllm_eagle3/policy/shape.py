@@ -27,6 +27,11 @@ class Shape:
 NOTHING = Shape(0, 0)
 
 
+def shape_name(nodes: int, tree: bool) -> str:
+    """For operators: "none", "chain of 3", "tree of 12"."""
+    return f"{'tree' if tree else 'chain'} of {nodes}" if nodes else "none"
+
+
 # Trees that the policy chooses from, beside the largest one that the options allow: nodes, depth, width. The fewer rows
 # a step may verify, the narrower the best tree is (docs/decisions.md).
 TREES = (Shape(12, 4, 3), Shape(16, 5, 4), Shape(24, 6, 4), Shape(32, 6, 6), Shape(60, 6, 10))

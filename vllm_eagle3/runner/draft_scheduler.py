@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from vllm_eagle3.config import Eagle3Options
+from vllm_eagle3.policy.shape import shape_name
 from vllm_eagle3.runner.hooks.spec_metrics import Eagle3Stats
 from vllm_eagle3.runner.request_limit import limit_of
 
@@ -21,7 +23,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vllm.eagle3")
 
-LIMITED, USELESS = "a request limits its drafts", "the draft is of no use"  # reasons of fall-backs
+# Reasons of fall-backs.
+LIMITED, USELESS, HURRIED = (
+    "a request limits its drafts",
+    "the draft is of no use",
+    "a first token comes first",
+)
 WATCHED_DRAFTS, WATCHED_VERIFICATIONS = 200, 50  # at least so many are judged together
 USEFUL = 0.02  # accepted drafts a verification, at least
 
@@ -31,11 +38,13 @@ class DraftScheduler(Scheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        options = Eagle3Options.from_additional_config(self.vllm_config.additional_config)
+        self._tree = options.tree is not None
         self._start_counting()
 
     def _start_counting(self) -> None:
         self._limits: dict[str, int] = {}  # of the requests that set one
-        self._steps: Counter[str] = Counter()  # by the number of drafts a request was told to make
+        self._steps: Counter[str] = Counter()  # by the shape that each request was told to draft
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._fallbacks: Counter[str] = Counter()
         self._last_step: float | None = None  # None: the engine was idle since
@@ -83,17 +92,23 @@ class DraftScheduler(Scheduler):
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, Any]:
         """Count the step, then let vLLM handle it."""
-        now, drafts = time.perf_counter(), str(scheduler_output.num_spec_tokens_to_schedule)
+        now = time.perf_counter()
         if scheduler_output.num_scheduled_tokens:
-            self._steps[drafts] += 1
+            drafts = scheduler_output.num_spec_tokens_to_schedule
+            shape = shape_name(drafts, self.is_tree(drafts))
+            self._steps[shape] += 1
             if self._last_step is not None:
-                self._seconds[drafts] += now - self._last_step
+                self._seconds[shape] += now - self._last_step
         self._watch(scheduler_output, model_runner_output)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for request in [request for request in self._limits if request not in self.requests]:
             del self._limits[request]
         self._last_step = now if self.running else None
         return outputs
+
+    def is_tree(self, drafts: int) -> bool:
+        """Whether a step that is told to make so many drafts a request grows trees."""
+        return self._tree
 
     def _watch(self, step: SchedulerOutput, output: ModelRunnerOutput) -> None:
         """Judge the draft by the last drafts, whenever there are enough of them; say once that it is of no use."""

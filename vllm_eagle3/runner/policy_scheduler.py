@@ -21,7 +21,7 @@ from vllm_eagle3.config import Eagle3Options
 from vllm_eagle3.policy.cost_file import CostFile, CostKey
 from vllm_eagle3.policy.policy import Policy
 from vllm_eagle3.policy.shape import NOTHING, Shape, chains
-from vllm_eagle3.runner.draft_scheduler import DraftScheduler
+from vllm_eagle3.runner.draft_scheduler import HURRIED, DraftScheduler
 from vllm_eagle3.runner.policy_install import largest_tree, tree_shapes
 
 if TYPE_CHECKING:
@@ -101,6 +101,7 @@ class PolicyMixin(DraftScheduler):
         self._shape = NOTHING
         # Of each request: drafts that it will verify, and drafts that were scheduled for it.
         self._drafted: dict[str, tuple[int, int]] = {}
+        self._hurried = False  # whether this step drafts nothing, so that a first token leaves early
         self._cut_trees: set[str] = set()  # requests that verify less than the tree drafted for them
         # Of the last step: batch, shape, context, seconds, drafts verified a request. The policy learns from it when
         # the number of drafts that the step made is known.
@@ -112,7 +113,9 @@ class PolicyMixin(DraftScheduler):
     def choose(self, batch: int) -> int:
         """Drafts a request in the step that is being scheduled. `schedule` calls this in place of vLLM's table."""
         most = self.largest_limit()
-        if most == 0:
+        self._hurried = not self._hurried and self._first_token_is_due()
+        self._fallbacks[HURRIED] += self._hurried
+        if most == 0 or self._hurried:
             self._shape = NOTHING
             return 0
         self.draft_policy.doubtful = self.draft_is_useless
@@ -120,6 +123,20 @@ class PolicyMixin(DraftScheduler):
         if most is not None and most < self._shape.nodes:
             self._shape = next(shape for shape in reversed(self.draft_policy.shapes) if shape.nodes <= most)
         return self._shape.nodes
+
+    def _first_token_is_due(self) -> bool:
+        """Whether this step ends a prompt, whose first token would wait until the whole batch has drafted.
+
+        Only with synchronous scheduling: otherwise tokens leave before drafts are made. Where every step ends a prompt,
+        every second one drafts.
+        """
+        return not self.scheduler_config.async_scheduling and any(
+            0 < request.num_prompt_tokens - request.num_computed_tokens <= self.max_num_scheduled_tokens
+            for request in self.running
+        )
+
+    def is_tree(self, drafts: int) -> bool:
+        return self.draft_policy.by_nodes[drafts].family > 0
 
     def _context(self) -> float:
         return sum(r.num_computed_tokens for r in self.running) / max(len(self.running), 1)
@@ -181,7 +198,9 @@ class PolicyMixin(DraftScheduler):
             sampled = (
                 output.sampled_token_ids[index] if output.sampled_token_ids and index is not None else ()
             )
-            if len(sampled) and request not in self._cut_trees:  # a tree's best nodes are no shape of the menu
+            if (
+                len(sampled) and request not in self._cut_trees
+            ):  # a tree's best nodes are no shape of the menu
                 verified = len(drafts) - invalid.get(request, 0)
                 expected, scheduled = self._drafted.get(request, (verified, verified))
                 # Where a chain stopped early, the drafts that were not made count as not accepted.

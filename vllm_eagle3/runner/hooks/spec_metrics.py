@@ -14,16 +14,16 @@ from typing import Any
 from vllm.v1.spec_decode.metrics import SpecDecodingLogging, SpecDecodingProm, SpecDecodingStats, logger
 
 SERIES = {
-    "vllm:eagle3_steps": "Steps of the engine, by the number of drafts a request was told to make.",
-    "vllm:eagle3_step_seconds": "Seconds of those steps, by the same number.",
+    "vllm:eagle3_steps": "Steps of the engine, by the shape that each request was told to draft.",
+    "vllm:eagle3_step_seconds": "Seconds of those steps, by the same shape.",
     "vllm:eagle3_drafted_tokens": "Drafts that were verified, by depth (of a tree: by node).",
     "vllm:eagle3_accepted_paths": "Verifications, by how many drafts they accepted.",
     "vllm:eagle3_fallbacks": "Requests or steps that drafted less than they could, by reason.",
 }
 """Counters: Prometheus adds `_total` to their names."""
 LABELS = {
-    "vllm:eagle3_steps": "drafts",
-    "vllm:eagle3_step_seconds": "drafts",
+    "vllm:eagle3_steps": "shape",
+    "vllm:eagle3_step_seconds": "shape",
     "vllm:eagle3_drafted_tokens": "depth",
     "vllm:eagle3_accepted_paths": "length",
     "vllm:eagle3_fallbacks": "reason",
@@ -72,9 +72,8 @@ class Eagle3Prom(SpecDecodingProm):
         super().__init__(speculative_config, labelnames, per_engine_labelvalues, *args, **kwargs)
         self._engines = per_engine_labelvalues
         self._series: dict[str, Any] = {}
-        self._counters: dict[
-            tuple[str, int, str], Any
-        ] = {}  # by series, engine and label: looking them up is slow
+        # By series, engine and label, because looking them up is slow.
+        self._counters: dict[tuple[str, int, str], Any] = {}
         if speculative_config is not None and speculative_config.method == "eagle3":
             self._series = {
                 name: self._counter_cls(name=name, documentation=text, labelnames=[*labelnames, LABELS[name]])
@@ -113,7 +112,7 @@ class Eagle3Logging(SpecDecodingLogging):
         super().log(log_fn)  # which resets
         steps, fallbacks = totals["vllm:eagle3_steps"], totals["vllm:eagle3_fallbacks"]
         if steps:
-            chosen = ", ".join(f"{n} drafts in {steps[n]}" for n in sorted(steps, key=int))
+            chosen = ", ".join(f"{shape} in {n}" for shape, n in steps.most_common())
             reasons = "".join(f"; {reason}: {n:g}" for reason, n in sorted(fallbacks.items()))
             log_fn("EAGLE-3 metrics: %d steps: %s%s", sum(steps.values()), chosen, reasons)
             self.reset()
