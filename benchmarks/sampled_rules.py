@@ -28,7 +28,7 @@ from vllm_eagle3.evaluation.demo_models import default_pair
 from vllm_eagle3.evaluation.engines import ReferenceEngine
 from vllm_eagle3.evaluation.settings import EvalSettings, load_tasks
 from vllm_eagle3.provenance import provenance
-from vllm_eagle3.reference.decode import Proposer, Target, Tree, chain, decode, eagle2_tree, grafted
+from vllm_eagle3.reference.decode import CachedTarget, Proposer, Tree, chain, decode, eagle2_tree, grafted
 from vllm_eagle3.reference.sampled import Node, accept_top_down, residual, sampled_tree
 
 K, TREE, DRAWS = 5, (5, 4, 16), 2
@@ -97,7 +97,7 @@ def measure(
     """Expected accepted drafts of each variant at each place of one answer, the last place first."""
     _, prompt, answer = text
     ids, noise = [*prompt, *answer], torch.Generator().manual_seed(seed)
-    target, draft = Target(engine.model, engine.draft.config.aux_layers), engine.draft
+    target, draft = CachedTarget(engine.model, engine.draft.config.aux_layers), engine.draft
     _, states = target(Tree(ids, list(range(-1, len(ids) - 1))), 0, logits_to_keep=1)
     g = draft.fuse(states)[:-1]
     a, kv = draft.layer(draft.embed(torch.tensor(ids[1:])), g, torch.arange(len(ids) - 1))

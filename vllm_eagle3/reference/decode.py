@@ -174,7 +174,7 @@ def grafted(
     return with_graft
 
 
-class Target:
+class CachedTarget:
     """A causal language model of transformers with its KV cache. Id k in `aux_layers` is the state after k layers."""
 
     def __init__(self, model: Any, aux_layers: tuple[int, ...]) -> None:
@@ -263,7 +263,7 @@ def decode(
     if not prompt or max_tokens < 1:
         found = f"{len(prompt)} tokens and max_tokens {max_tokens}"
         raise ValueError(f"expected a prompt and max_tokens >= 1, found {found}")
-    target, past = Target(model, draft.config.aux_layers), len(prompt)
+    target, past = CachedTarget(model, draft.config.aux_layers), len(prompt)
     logits, states = target(Tree(prompt, list(range(-1, past - 1))), 0, logits_to_keep=1)
     new = [draw(logits[-1], temperature, generator)]
     answer = Decoded(new)
