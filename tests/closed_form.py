@@ -1,8 +1,8 @@
-"""A target whose text is known in closed form, and EAGLE-3 drafts whose mistakes are known too.
+"""A target whose text is known in closed form, and EAGLE-3 drafts whose mistakes are known as well.
 
-Target: the next token is `(5 t + 7) mod 512` with a logit gap of `scale`, whatever the prompt, batch shape,
-dtype or runner. Draft: computes the same from the embedding of its input token alone (any prefix, any
-temperature), except where it is told to be wrong.
+Target: after token t comes `(5 t + 7) mod 512`, with a logit gap of `scale`, whatever the prompt, the shape of the
+batch, the dtype or the runner. Draft: it computes the same from its input token alone, for any prefix and temperature,
+except at the tokens where it is made wrong.
 """
 
 from pathlib import Path
@@ -63,9 +63,9 @@ def _config(heads: int, kv_heads: int, **extra: Any) -> dict[str, Any]:
 
 
 def write_target(folder: Path, scale: float = 20.0) -> Path:
-    """Target checkpoint: attention and MLP add nothing, the head maps token t to next_token(t).
+    """Write a target: attention and MLP add nothing, and the head maps token t to next_token(t).
 
-    `scale` is the logit of the successor, all others are 0; about 8 leaves room for sampling.
+    `scale` is the logit of the successor; all other logits are 0. With about 8, sampling also takes other tokens.
     """
     heads, kv_heads = 8, 2
     generator = torch.Generator().manual_seed(0)
@@ -96,14 +96,14 @@ def write_target(folder: Path, scale: float = 20.0) -> Path:
 
 
 def write_draft(folder: Path, wrong_every: int = 5, scale: float = 20.0, second_best: float = 0.0) -> Path:
-    """EAGLE-3 draft checkpoint (vLLM's own dialect, top-level after-k aux ids, no d2t).
+    """Write an EAGLE-3 draft (vLLM's own dialect, top-level after-k aux ids, no d2t).
 
-    Where the true next token is a multiple of `wrong_every` (0 = never) the draft's first choice is that
-    token plus one. `second_best` in (0, 1) leaves the true token as the second choice there, at that share of
-    the logit. How: constant q and k make each row attend to itself only (RoPE lowers every other score); the
-    value is onehot(token) minus the normed input state, which cancels the residual, so that the layer holds
-    amplitude * onehot(token) whatever state came in; the MLP (silu(x) x = x^2 up there) moves that to the
-    successor.
+    If the true next token is a multiple of `wrong_every` (0 = never), the draft's first choice is that token plus
+    one. With `second_best` in (0, 1) the true token is then the second choice, at that share of the logit.
+
+    How it works: q and k are constant, so that each row attends only to itself (RoPE lowers every other score). The
+    value is onehot(token) minus the normed input state, which cancels the residual. So the layer holds
+    amplitude * onehot(token) for any input state. The MLP (silu(x) x = x^2 for large x) moves it to the successor.
     """
     amplitude, query = 64.0, 14.0
     heads = HIDDEN // HEAD_DIM

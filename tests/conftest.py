@@ -1,6 +1,6 @@
 """Fixtures of all tests.
 
-`tests/runner/v2` needs Model Runner V2 and a process of its own: see tests/runner/v2/conftest.py.
+`tests/runner/v2` needs Model Runner V2 and a separate process: see tests/runner/v2/conftest.py.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Tiny EAGLE-3 drafts, and a writer of each checkpoint dialect: the same tensors as each trainer writes them.
+"""Tiny EAGLE-3 drafts, written in each checkpoint dialect as its trainer writes them.
 
 dims = Dims()
 write_dialect(folder, "modelopt", draft_tensors(dims), dims, aux_layers=(3, 6, 11))
@@ -59,7 +59,7 @@ def draft_tensors(
     embed_tokens: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Tensor]:
-    """Random canonical tensors, with d2t and t2d where the draft has a vocabulary of its own.
+    """Random canonical tensors, with d2t and t2d if the draft has its own vocabulary.
 
     states: how many of the target's states the draft fuses.
     """
@@ -149,7 +149,7 @@ def write_dialect(
     elif dialect == "specforge":
         values = layer | flags | _specforge(dims, outputs)
     elif dialect == "modelopt":
-        del flags["norm_before_fc"]  # it stands in eagle_config
+        del flags["norm_before_fc"]  # ModelOpt writes it into eagle_config
         values = layer | flags | _modelopt(dims, outputs, norm_before_fc)
     elif dialect == "speculators":
         values = flags | _speculators(dims, layer, after_layers, verifier, speculative_tokens)

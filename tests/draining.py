@@ -1,4 +1,4 @@
-"""Requests that end all at once under asynchronous scheduling, which then schedules a step without requests."""
+"""Requests that all end in the same step: asynchronous scheduling then schedules a step without requests."""
 
 from typing import Any
 
@@ -6,10 +6,10 @@ from engines import token_ids
 
 
 def assert_every_number_of_requests_drains(llm: Any) -> None:
-    """Runs 1 to 4 requests of equal length to their end, for each shape of the engine's policy, drafts and all.
+    """Run 1 to 4 requests of equal length to their end, for each shape of the engine's policy.
 
-    The policy is told what to choose: with a draft that is never accepted it would soon choose nothing, and a step
-    without requests is only hard while something is drafted.
+    The test makes the policy's choice. With a draft that is never accepted the policy would soon choose no drafts, and
+    a step without requests is only a difficult case if drafts are pending.
     """
     from vllm import SamplingParams
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler

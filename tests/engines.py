@@ -1,4 +1,4 @@
-"""Several vLLM engines one after another in one process, each cleaned up."""
+"""Runs several vLLM engines one after the other in one process, and cleans up after each."""
 
 import gc
 from collections.abc import Iterator
@@ -18,9 +18,10 @@ SMALL = {
 
 @contextmanager
 def running(model: Any, **kwargs: Any) -> Iterator[Any]:
-    """`vllm.LLM(model, **kwargs)` over small defaults; shut down and freed on exit.
+    """A context with `vllm.LLM(model, **kwargs)` and small defaults. It is shut down and freed at the end.
 
-    It drafts as much as it may, and without grafts if they are not asked for: what it drafts depends on the draft only.
+    It always makes all drafts (policy "fixed"), and uses no grafts unless they are requested, so that its drafts
+    depend only on the draft model.
     """
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -52,7 +53,7 @@ def running(model: Any, **kwargs: Any) -> Iterator[Any]:
 
 
 def _forget_tree_attention() -> None:
-    """Undo `select_tree_attention` on a CPU, where it lasts for the whole process."""
+    """Undo `select_tree_attention`, which on a CPU changes the whole process."""
     from vllm.v1.attention import selector
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
@@ -72,7 +73,7 @@ def token_ids(llm: Any, prompts: list[list[int]], params: Any) -> list[list[int]
 
 
 def asynchronous(monkeypatch: Any) -> None:
-    """Lets the engines of a test schedule asynchronously, which vLLM switches off on a CPU."""
+    """Let the engines of a test schedule asynchronously, although vLLM switches that off on a CPU."""
     from vllm.platforms import current_platform
 
     platform = type(current_platform)

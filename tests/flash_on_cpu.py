@@ -1,4 +1,4 @@
-"""FlashAttention in plain torch, put where vLLM looks for the GPU's."""
+"""FlashAttention in plain torch, in the place where vLLM looks for the one for GPUs."""
 
 from typing import Any
 
@@ -36,7 +36,7 @@ def varlen(
 
 def store(key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor,
           *unused: Any) -> None:  # fmt: skip
-    """vLLM's `reshape_and_cache_flash`; caches [blocks, block_size, kv_heads, head_dim], slot -1 is left out."""
+    """vLLM's `reshape_and_cache_flash`. Caches [blocks, block_size, kv_heads, head_dim]; slot -1 is skipped."""
     valid = slots >= 0
     at = slots[valid].long()
     block, offset = at // keys.shape[1], at % keys.shape[1]

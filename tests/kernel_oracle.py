@@ -1,7 +1,7 @@
 """Runs a function of vLLM twice, with its Triton kernels interpreted and with their CPU forms.
 
-All that they write is compared: integers bit for bit, floats to rounding. Memory that neither writes is poisoned,
-alike in both runs.
+All values that they write are compared: integers exactly, floats up to rounding. Memory that was not written has the
+same poison values in both runs.
 """
 
 import copy
@@ -25,10 +25,10 @@ def forms() -> dict[str, Any]:
 
 
 def agree(function: Callable[..., Any], *args: Any, on: tuple[Any, ...] = (), **kwargs: Any) -> Any:
-    """Call `function` both ways on copies of its arguments; returns what the CPU forms gave, after comparing.
+    """Call `function` both ways on copies of its arguments, compare, and return the result of the CPU forms.
 
-    `on`: modules whose kernels `function` launches, beside its own. Copies keep what tensors share: a tensor and a
-    view of it stay one storage.
+    `on`: further modules whose kernels `function` launches. In the copies, a tensor and its views share one storage as
+    before.
     """
     modules = {sys.modules[function.__module__], *on}
     results = []
@@ -68,7 +68,7 @@ def tensors(value: Any) -> Iterator[torch.Tensor]:
 
 @contextmanager
 def replaced(modules: set[Any]) -> Iterator[None]:
-    """Within, the kernels of `modules` are their CPU forms, called as vLLM's registry calls them."""
+    """A context in which the kernels of `modules` are their CPU forms, called as vLLM's registry calls them."""
     names = [
         (module, name)
         for module in modules
@@ -88,7 +88,7 @@ def replaced(modules: set[Any]) -> Iterator[None]:
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Within, torch fills memory that it hands out uninitialised: NaN, and the largest integer."""
+    """A context in which torch fills uninitialised memory with NaN or with the largest integer."""
     torch.use_deterministic_algorithms(True)
     try:
         yield

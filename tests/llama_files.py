@@ -1,4 +1,4 @@
-"""What the tests' Llama checkpoints share: the common part of config.json, and how the two files are written."""
+"""Shared by the tests' Llama checkpoints: the common part of config.json, and writing the two files."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Random-weight targets whose attention matters, and random or broken EAGLE-3 drafts for them."""
+"""Targets with random weights whose text depends on attention, and random or broken EAGLE-3 drafts for them."""
 
 from pathlib import Path
 from typing import Any

@@ -1,6 +1,7 @@
-"""CUDA graphs on a CPU: the operations of one run, recorded with their tensors and replayed on the same memory.
+"""CUDA graphs on a CPU: the operations of one run are recorded and replayed on the same memory.
 
-As in a CUDA graph, whatever Python computed while recording is frozen, and reading a tensor on the host fails.
+As in a CUDA graph, values that Python computes while recording do not change in a replay, and the host must not read a
+tensor.
 """
 
 from collections import defaultdict
@@ -24,7 +25,7 @@ ON_THE_HOST = (torch.ops.aten.item, torch.ops.aten._local_scalar_dense, torch.op
 
 
 class Recording(TorchDispatchMode):
-    """Within it every torch operation is run and kept."""
+    """A context in which each torch operation is run and kept."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +57,7 @@ def tensors_of(tree: Any) -> list[torch.Tensor]:
 
 
 def as_one(function: Callable[..., Any]) -> Callable[..., Any]:
-    """For a function that is one kernel on CUDA devices and reads lengths on the host elsewhere."""
+    """Wrap a function that is one kernel on CUDA devices but reads lengths on the host elsewhere."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         mode = _get_current_dispatch_mode()
@@ -69,11 +70,11 @@ def as_one(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def record_graphs(monkeypatch: Any, sizes: list[int]) -> dict[type, list[int]]:
-    """Have engines of this process make full CUDA graphs of `sizes` tokens for decoding, and record them instead.
+    """Make the engines of this process record full CUDA graphs of `sizes` tokens for decoding instead of capturing.
 
-    vLLM's bookkeeping and its choice among the graphs stay. Nothing is recorded before `capture`.
+    vLLM's own code still manages the graphs and chooses among them. Nothing is recorded before `capture`.
 
-    Returns the requests of each graph that was replayed, by the class of its manager.
+    Returns the requests of each replayed graph, by the class of its manager.
     """
     replayed: dict[type, list[int]] = defaultdict(list)
 
@@ -107,7 +108,7 @@ def record_graphs(monkeypatch: Any, sizes: list[int]) -> dict[type, list[int]]:
 
 @torch.inference_mode()
 def capture(runner: Any) -> None:
-    """What `capture_model` captures, without asking an accelerator for its memory."""
+    """Capture the same graphs as `capture_model`, which would ask an accelerator for its memory."""
     for layer in runner.compilation_config.static_forward_context.values():
         layer.use_direct_call = True  # its operations, not one that hides them
     runner.cudagraph_manager.capture(

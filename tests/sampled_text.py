@@ -1,4 +1,4 @@
-"""Does sampled text follow the target? Chi-squared on the closed-form target at T = 1."""
+"""Does sampled text follow the target? A chi-squared test on the closed-form target at T = 1."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Every sampling parameter in every kind of step: what the engines of both runners have to answer alike."""
+"""Every sampling parameter in every kind of step. The engines of both runners must give the same answers."""
 
 import random
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from typing import Any
 
 SIZES = {"max_num_seqs": 3, "max_num_batched_tokens": 64, "max_model_len": 256, "max_logprobs": -1}
 SAMPLED = {"temperature": 1.0}
-# What is asked for at every temperature; `min_p` and `logit_bias` only where speculation lets them through.
+# Parameters that are tested at each temperature; `min_p` and `logit_bias` only where speculation allows them.
 PARAMETERS: dict[str, dict[str, Any]] = {
     "temperature alone": {},
     "top_k": {"top_k": 5},
@@ -73,7 +73,7 @@ def answers(llm: Any, asked: dict[str, Any], kind: str, temperature: float) -> l
 
 @contextmanager
 def steps_of(llm: Any, kind: str) -> Iterator[set[str]]:
-    """Has the policy of `llm` draft as steps of this `kind` do; the set tells which kinds there really were."""
+    """Make the policy of `llm` draft as in steps of this `kind`. The set receives the kinds that really occurred."""
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     policy, update, seen = scheduler.draft_policy, scheduler.update_from_output, set()
     shape = policy.by_nodes[STEPS[kind][2]]
@@ -98,7 +98,7 @@ def steps_of(llm: Any, kind: str) -> Iterator[set[str]]:
 
 
 def obeys(asked: dict[str, Any], ids: list[int], tokens: int, greedy: list[int]) -> bool:
-    """Whether sampled `ids` are what may be answered; `greedy` is the answer at temperature 0."""
+    """Whether sampled `ids` are a possible answer. `greedy` is the answer at temperature 0."""
     least = min(asked.get("min_tokens", 0), tokens) if "stop_token_ids" in asked else tokens
     allowed = set(asked.get("allowed_token_ids", range(512)))
     pairs = {tuple(pair) for pair in zip(ids, ids[1:], strict=False)}

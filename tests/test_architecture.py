@@ -51,7 +51,7 @@ class Module:
 
 
 def modules() -> dict[str, Module]:
-    """All modules of the package and of what stands on it, by name; the kernels as `vllm_eagle3.kernels`."""
+    """All modules of the package, the examples and the benchmarks by name; the kernels as `vllm_eagle3.kernels`."""
     files = [*ROOT.glob("vllm_eagle3/**/*.py"), *ROOT.glob("vllm_eagle3/kernels/*.py")]
     files += [*ROOT.glob("examples/*.py"), *ROOT.glob("benchmarks/**/*.py")]
     return {module.name: module for module in map(Module, set(files))}

@@ -40,7 +40,7 @@ def test_fp8_benchmark_refuses_a_cpu(monkeypatch):
 
 
 class FakeFlash:
-    """FlashAttention in plain torch behind vLLM's names, with the keywords of vLLM's own functions only."""
+    """FlashAttention in plain torch with vLLM's names. It accepts only the keywords of vLLM's own functions."""
 
     def __init__(self, version: int | None) -> None:
         self.version, self.calls = version, list[str]()
@@ -89,7 +89,7 @@ def tree_attention_rows(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("version", [2, 3])
 def test_tree_attention_has_flash_attention_beside_it(version, tmp_path, monkeypatch):
-    """On a chain both must compute the same: same cache, same rows, same scale."""
+    """On a chain both must compute the same, since cache, rows and scale are the same."""
     fake = FakeFlash(version)
     fake.install(monkeypatch)
     for row in tree_attention_rows(tmp_path, monkeypatch):
@@ -109,7 +109,7 @@ def test_tree_attention_without_flash_attention_says_so(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def forget_modules():
-    """Benchmarks are scripts, not a package: leave no module of theirs behind."""
+    """Benchmarks are scripts and not a package, so their modules are removed after the test."""
     yield
     for name in [*(f"bench_{n}" for n in NAMES), "kernel_timing"]:
         sys.modules.pop(name, None)

@@ -1,4 +1,4 @@
-"""The command `eval`: options, environments, turns, JSON and figure, with engines faked (about 5 s)."""
+"""The command `eval` with fake engines: options, environments, turns, JSON and figure (5 s)."""
 
 import argparse
 import json
@@ -41,7 +41,7 @@ def data(tmp_path: Path) -> Path:
 
 
 class Echo:
-    """Answers with the lengths of the prompts; a token is a character."""
+    """A fake engine that answers with the lengths of the prompts. A token is a character."""
 
     class tokenizer:  # noqa: N801 (stands for an instance)
         @staticmethod

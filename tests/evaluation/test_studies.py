@@ -1,4 +1,4 @@
-"""The studies' arms and their arithmetic (1 s; training and decoding are tested elsewhere)."""
+"""The arms of the studies and their statistics (1 s; training and decoding have other tests)."""
 
 from pathlib import Path
 

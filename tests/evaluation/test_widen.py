@@ -1,4 +1,4 @@
-"""A widened target computes what the original computes (3 s)."""
+"""A widened target computes the same as the original (3 s)."""
 
 import json
 
@@ -34,7 +34,7 @@ def test_same_logits_and_states(tmp_path, monkeypatch, capsys):
 
 
 def test_the_added_neurons_work(tmp_path):
-    """They cost what neurons cost: none of them is zero, only what reads them is."""
+    """The added neurons cost as much as others: they are not zero. Only the weights that read them are zero."""
     gate, down = torch.randn(4, 3), torch.randn(3, 4)
     wide = widen.widen("x.mlp.gate_proj.weight", gate, 2)
     assert wide.shape == (8, 3) and bool((wide[4:] != 0).any(dim=1).all())

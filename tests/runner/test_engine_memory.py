@@ -1,4 +1,4 @@
-"""What an engine reserves, and the message where that is not free (20 s: starts an engine on the real pair)."""
+"""The memory that an engine reserves, and the message if it is not free (20 s: starts an engine on the real pair)."""
 
 import json
 
@@ -36,7 +36,7 @@ def node(monkeypatch):
 
 
 def test_size_of_the_cache():
-    """2 (keys, values) * 31 layers * 192 numbers * 2 bytes a token; blocks of 128 tokens, two of them spare."""
+    """2 (keys, values) * 31 layers * 192 numbers * 2 bytes per token, in blocks of 128 tokens with two spare blocks."""
     token = 2 * 31 * 3 * 64 * 2
     assert kv_cache_bytes([LLAMA, DRAFT], 4, 1024, 2) == token * 128 * (4 * 8 + 2)
     assert kv_cache_bytes([LLAMA, DRAFT], 1, 1025, 4) == 2 * token * 128 * (9 + 2)
@@ -85,7 +85,7 @@ def test_the_message_names_need_and_free_and_what_to_change(settings, node):
 
 
 def test_the_message_comes_out_of_the_worker_process(settings):
-    """The KV cache of 100,000 requests: more than any machine that runs these tests has."""
+    """No machine that runs these tests has memory for the KV cache of 100,000 requests."""
     from dataclasses import replace
 
     with pytest.raises(RuntimeError, match=r"^mode none: .*this engine needs about .* GB are free"):
@@ -93,7 +93,7 @@ def test_the_message_comes_out_of_the_worker_process(settings):
 
 
 def test_fewer_requests_may_have_to_fit(monkeypatch, closed_form_target):
-    """Generation lets vLLM make requests wait: then the cache is what is left, and one request has to fit."""
+    """When answers are generated, vLLM may let requests wait: the cache is the free memory, and one must fit."""
     monkeypatch.setattr(engine_memory, "free_memory", lambda: FreeMemory(2 * GB, 9 * GB, "node 0", "cpu"))
     ask = {"batch_size": 10**6, "max_model_len": 4096, "dtype": "float32"}
     with pytest.raises(NotEnoughMemoryError):

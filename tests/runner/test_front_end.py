@@ -1,4 +1,4 @@
-"""What is refused in the process that the user started, before any engine does (20 s)."""
+"""Errors that are found in the process that the user started, before an engine starts (20 s)."""
 
 import json
 import logging

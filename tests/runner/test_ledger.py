@@ -23,7 +23,7 @@ from vllm_eagle3.runner.v2.cpu.register import cpu_forms
 
 CHANGES = (*MODULE_CHANGES, *CPU_CHANGES, *INTERPRETER_CHANGES, *ADDITIONS)
 ENTRIES = (*PATCHES, *CHANGES, *SUBCLASSES)
-LAUNCH_OPTIONS = {"num_warps"}  # passed on by vLLM's registry, beside a kernel's own parameters
+LAUNCH_OPTIONS = {"num_warps"}  # vLLM's registry passes them on in addition to a kernel's own parameters
 UPSTREAM = list(
     dict.fromkeys(
         [
@@ -34,7 +34,7 @@ UPSTREAM = list(
         ]
     )
 )
-# Set by Python or by typing on every class of the kind.
+# Attributes that Python or typing adds to classes.
 OF_THE_LANGUAGE = {
     "__module__",
     "__doc__",
@@ -116,7 +116,7 @@ def subclasses_of_upstream() -> Iterator[type]:
 
 
 def overrides(cls: type) -> set[tuple[str, str]]:
-    """(module, "Class.name") of everything of vLLM's that `cls`, or a mixin of its own, defines anew."""
+    """(module, "Class.name") of all attributes of vLLM's classes that `cls`, or one of its mixins, overrides."""
     theirs = [base for base in cls.__mro__ if is_upstream(base)]
     mixins = [base for base in cls.__mro__ if base.__module__.startswith("vllm_eagle3.")]
     mixins = [cls, *(base for base in mixins if not any(map(is_upstream, base.__mro__)))]
@@ -130,7 +130,7 @@ def overrides(cls: type) -> set[tuple[str, str]]:
 
 
 def unlisted(classes: Iterator[type]) -> set[str]:
-    """The overrides of `classes` that the ledger lacks, and the entries of the ledger that override nothing."""
+    """The overrides of `classes` that are not in the ledger, and entries of the ledger that override nothing."""
     listed = {
         (subclass.name, part.defined_in, part.qualname)
         for subclass in SUBCLASSES
@@ -160,7 +160,7 @@ def test_an_unlisted_override_is_found():
 
 
 def test_every_entry_is_in_place_in_a_fresh_process():
-    """Two entries may share a module; an entry may be for a module that was imported before the plugin was loaded."""
+    """Two entries may be for one module, and an entry for a module that was imported before the plugin."""
     check = (
         "import importlib, operator, vllm.config.vllm\n"
         "from vllm_eagle3.plugin import register\n"

@@ -1,4 +1,4 @@
-"""What the start-up says of a tree's memory (under a second)."""
+"""The log lines at start-up about a tree's memory (under a second)."""
 
 import logging
 from types import SimpleNamespace

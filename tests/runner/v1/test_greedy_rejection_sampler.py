@@ -1,4 +1,4 @@
-"""The greedy rejection sampler: upstream's tokens, and upstream itself for everything but plain argmax (2 s)."""
+"""The greedy rejection sampler gives upstream's tokens, and calls upstream for all but plain argmax (2 s)."""
 
 from dataclasses import replace
 
@@ -42,7 +42,7 @@ def greedy(batch, processors=()):
 
 
 def step(drafts):
-    """Metadata of a step that verifies these drafts, and where each row of its logits belongs."""
+    """Metadata of a step that verifies these drafts, and the request and position of each row of its logits."""
     metadata = SpecDecodeMetadata.make_dummy(drafts, CPU)
     ends = metadata.cu_num_sampled_tokens.tolist()
     metadata.bonus_logits_indices = torch.tensor([end - 1 for end in ends], dtype=torch.int32)

@@ -1,4 +1,4 @@
-"""The int8 draft of CPUs: its product against the dequantised one, and what it leaves alone (30 s)."""
+"""The int8 draft on a CPU: its product equals the dequantised one, and layers that stay unchanged (30 s)."""
 
 import pytest
 import torch

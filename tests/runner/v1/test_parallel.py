@@ -1,4 +1,4 @@
-"""Tensor parallelism of two on the CPU: the closed-form text, in worker processes of their own (60 s)."""
+"""Tensor parallelism of two on a CPU gives the closed-form text, in separate worker processes (60 s)."""
 
 from closed_form import greedy_text
 from engines import speculative, token_ids

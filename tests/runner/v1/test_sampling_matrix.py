@@ -27,7 +27,7 @@ def greedy(models):
 
 @pytest.fixture(scope="module")
 def llm(models, greedy, tmp_path_factory):
-    """The engine that speculates; `greedy` is done by then, as two engines do not fit a process."""
+    """The engine that speculates. It starts after `greedy` has ended, because two engines do not fit in a process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(chain, "MIN_CHAIN_PROBABILITY", 0.0)  # the random draft trusts none of its drafts

@@ -1,9 +1,9 @@
-"""Tests of Model Runner V2, in a process of their own.
+"""Tests of Model Runner V2, in a separate process.
 
 `VLLM_USE_V2_MODEL_RUNNER=1 pytest tests/runner/v2` runs them natively. `EAGLE3_INTERPRET=1 pytest tests/runner/v2`
 runs those of Triton's kernels in Triton's interpreter, on a machine without a GPU.
 
-vLLM settles once, at import, whether Triton is usable; so native and interpreted engines cannot share a process.
+vLLM decides once, at its import, whether it can use Triton. So native and interpreted engines cannot share a process.
 """
 
 import os

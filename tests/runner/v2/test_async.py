@@ -1,4 +1,4 @@
-"""Asynchronous scheduling, a GPU's default, which vLLM switches off on a CPU: switched on again here (60 s)."""
+"""Asynchronous scheduling: the default on a GPU, off on a CPU, and switched on here (60 s)."""
 
 import random
 
@@ -24,7 +24,7 @@ def expected(models, prompts):
 
 
 def params():
-    """Answers of several lengths, so that requests end and begin while others are under way."""
+    """Answers of several lengths, so that requests begin and end while others run."""
     return [
         SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, detokenize=False)
         for n in (24, 9, 30, 14, 20, 26)

@@ -1,4 +1,4 @@
-"""Trees with the attention and the kernels that GPUs take, all of them interpreted (2 min)."""
+"""Trees with the attention and the kernels for GPUs, all of them interpreted (2 min)."""
 
 import random
 import sys
@@ -39,7 +39,7 @@ def test_trees_on_gpu_kernels(engine, tmp_path, monkeypatch):
     monkeypatch.setattr(Eagle3LlamaDraft, "_fuses_head", lambda self, x: True)
 
     class OnACPU(tree_attention.TreeTritonAttentionBackend):
-        """Under the name of the CPU's only backend, which the platform looks up."""
+        """The backend under the name of the CPU's only backend, which the platform looks up."""
 
         @staticmethod
         def get_name():

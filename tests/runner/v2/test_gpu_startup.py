@@ -1,4 +1,4 @@
-"""What only a GPU's worker does at start-up: profiling before there is a KV cache, dummy batches, warm-up (60 s)."""
+"""Steps at start-up that only a GPU's worker has: profiling without a KV cache, dummy batches, warm-up (60 s)."""
 
 import random
 

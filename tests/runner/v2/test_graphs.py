@@ -14,7 +14,7 @@ LENGTHS = (9, 6, 12, 24, 4)  # of the answers, so that all batch sizes occur
 
 
 def test_trees_in_graphs(engine, models, monkeypatch):
-    """Recorded once per batch size and replayed, padded or not: the trees and the text of every step."""
+    """Graphs are recorded once per batch size. Replays, padded or not, give the right trees and text in each step."""
     from vllm_eagle3.runner.v2.tree_speculator import TreeSpeculator
 
     rng = random.Random(1)

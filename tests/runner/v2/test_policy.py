@@ -1,4 +1,4 @@
-"""Policy `auto` on the V2 runner: chains and trees of changing size, zero included, change no token (40 s)."""
+"""Policy `auto` on the V2 runner: chains and trees of changing sizes, also of size 0, change no token (40 s)."""
 
 import itertools
 
@@ -22,7 +22,7 @@ def policy_of(llm):
 
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch, tmp_path):
-    """A cost cache of the test's own."""
+    """A cost cache for this test alone."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 

@@ -1,4 +1,4 @@
-"""Each part of tree verification is needed: with any one of them switched off the text changes (60 s)."""
+"""Each part of tree verification is needed: if one of them is switched off, the text changes (60 s)."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""What a tree's draft sees: one branch drafts the chain's tokens, a path leaves a line's state (90 s)."""
+"""The states that a tree's draft reads: one branch drafts as a chain does, and so does the step after a path (90 s)."""
 
 import random
 import sys
@@ -31,7 +31,7 @@ def tree(depth, topk, nodes):
 
 
 def test_the_draft_continues_from_the_accepted_path(engine, models, prompts, texts):
-    """Root's children after oracle trees == after trees of which nothing was ever accepted."""
+    """The root's children are the same after trees whose path was accepted and after trees of which nothing was."""
     llm = engine(
         models[0], speculative_config=speculative(models[1], 9), additional_config=tree(4, 4, 9), **SIZES
     )
@@ -50,7 +50,7 @@ def test_the_draft_continues_from_the_accepted_path(engine, models, prompts, tex
 
 
 def recorded_chain_drafts(monkeypatch, cls):
-    """Patches `cls.propose` to record its drafts by (request, position of the last accepted token)."""
+    """Patch `cls.propose` to record its drafts by (request, position of the last accepted token)."""
     drafts = {}
     original = cls.propose
 
@@ -95,9 +95,9 @@ def paths_of(tokens, parents):
 
 @pytest.mark.parametrize("in_pieces", [False, True])
 def test_trees_are_the_references(engine, models, prompts, texts, monkeypatch, in_pieces):
-    """The engine's trees against the decoder in plain transformers, at every step of the same texts.
+    """The engine's trees equal those of the reference decoder in every step of the same texts.
 
-    In pieces: requests and blocks of the cache one at a time, and the head that CUDA devices use.
+    "In pieces" means: requests and blocks of the cache one at a time, and the head that CUDA devices use.
     """
     from transformers import AutoModelForCausalLM
 
@@ -157,7 +157,7 @@ def test_trees_are_the_references(engine, models, prompts, texts, monkeypatch, i
 
 @pytest.mark.parametrize("fill", [float("nan"), 0.0])
 def test_a_broken_draft_changes_nothing(engine, models, prompts, texts, fill):
-    """Broken while it serves: one with such weights on disk is not loaded."""
+    """The draft is broken while it serves, because a draft with such weights on disk is not loaded."""
     llm = engine(
         models[0], speculative_config=speculative(models[1], 8), additional_config=tree(3, 3, 8), **SIZES
     )

@@ -1,4 +1,4 @@
-"""Trees on FlashAttention, which is emulated in torch: one layer against a dense mask, and a whole engine (1 min)."""
+"""Trees on FlashAttention emulated in torch: one layer compared with a dense mask, and a whole engine (1 min)."""
 
 import random
 from types import SimpleNamespace
@@ -23,7 +23,7 @@ HEADS, KV_HEADS, DIM, BLOCK = 4, 2, 16, 16
 
 
 def make_batch(requests):
-    """(query, cache, metadata, mask, prefix_lens, scheduled, drafts) of (tokens before, rows, drafts) a request.
+    """(query, cache, metadata, mask, prefix_lens, scheduled, drafts) for (tokens before, rows, drafts) per request.
 
     Cache rows past a request's last hold NaN.
     """
@@ -140,7 +140,7 @@ def test_an_engine_on_flash_attention(engine, tmp_path, monkeypatch):
     seen = set()
 
     class OnACPU(flash.TreeFlashAttentionBackend):
-        """Under the name of the CPU's only backend, which the platform looks up."""
+        """The backend under the name of the CPU's only backend, which the platform looks up."""
 
         @staticmethod
         def get_name():

@@ -54,7 +54,7 @@ def random_draft(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plain(random_target, prompts):
-    """The random target's own text: greedy, seeded at temperature 0.9, a longer greedy one of prompt 6."""
+    """The random target's own texts: greedy, seeded at temperature 0.9, and a longer greedy text of prompt 6."""
     with running(random_target, **SMALL_STEPS) as llm:
         greedy = token_ids(llm, prompts, params(len(prompts)))
         sampled = token_ids(llm, prompts, params(len(prompts), temperature=0.9, top_k=60))
@@ -64,7 +64,7 @@ def plain(random_target, prompts):
 
 
 def test_closed_form(engine, closed_form_target, tmp_path):
-    """Where the draft is wrong the truth is its second choice: every step accepts a whole path."""
+    """If the draft's first choice is wrong, its second is right, so every step accepts a whole path."""
     draft = write_draft(tmp_path / "draft", second_best=0.5)
     llm = engine(
         closed_form_target,
@@ -114,7 +114,7 @@ def test_oracle_trees_with_preemption_chunks_and_prefix_hits(
         assert token_ids(llm, prompts, params(len(prompts))) == greedy
         assert seen.accepted > 100
         assert seen.moved > 50
-        # Go on from a text in blocks whose KV a tree has just committed (the last full one is drafted anew).
+        # Continue a text from cached blocks whose KV a tree has committed (the last full block is computed again).
         text = prompts[6] + long
         for stop in (len(prompts[6]), len(text) - 8):
             seen.texts[int(llm.request_counter.counter)] = text

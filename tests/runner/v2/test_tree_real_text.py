@@ -31,7 +31,7 @@ def turns():
 
 
 def same_with_trees(turns, params, depth, topk, nodes, again=0, **settings):
-    """Asserts identical answers, those of the last `again` turns once more.
+    """Assert identical answers, and answer the last `again` turns a second time.
 
     Returns tokens per verification and the engine's counters.
     """
@@ -71,7 +71,7 @@ def test_all_prompts_sampled(turns):
     ("batch", "first", "last", "blocks"), [(1, 0, 2, None), (3, 2, 8, 46), (8, 8, 20, 60)]
 )
 def test_a_hundred_prompts(batch, first, last, blocks):
-    """Of each of the five tasks; long prompts come in chunks, memory is too small for the whole batch."""
+    """20 prompts of each of the five tasks. Long prompts come in chunks, and memory is too small for a whole batch."""
     turns = []
     for task in ("mt_bench", "humaneval", "gsm8k", "alpaca", "cnn_dm"):
         lines = (EVALUATION / f"{task}.jsonl").read_text(encoding="utf-8").splitlines()

@@ -1,4 +1,4 @@
-"""Sampling parameters with trees: the unspeculated tokens and log-probabilities, in one batch (60 s)."""
+"""Sampling parameters with trees, in one batch: tokens and log-probabilities are those of plain decoding (60 s)."""
 
 import random
 

@@ -14,7 +14,7 @@ TREE = Eagle3Options(tree=TreeOptions(4, 3, 12), graft=False)
 
 
 def engine_config(**changes):
-    """The attributes of a VllmConfig that are read; `changes` by "part__attribute"."""
+    """A VllmConfig with only the attributes that are read. Keys of `changes` are "part__attribute"."""
     config = Config(
         parallel_config=Config(
             pipeline_parallel_size=1,

@@ -1,4 +1,4 @@
-"""CPU forms of vLLM's Triton kernels against the kernels themselves, which only run in Triton's interpreter here."""
+"""CPU forms of vLLM's Triton kernels, compared with the kernels, which run in Triton's interpreter here."""
 
 from vllm_eagle3.runner import triton_interpreter
 

@@ -211,7 +211,7 @@ def test_staged_writes(writes):
 
 
 def tables(block_sizes, enabled, native):
-    """BlockTables of several groups, a step's tables and slots; addresses are handed to the kernels."""
+    """BlockTables of several groups, with a step's tables and slots. The kernels get their addresses."""
     modules = {block_table, buffer_utils}
     groups = len(block_sizes)
     made = block_table.BlockTables(

@@ -12,7 +12,7 @@ counts = st.lists(st.integers(1, STEPS + 1), min_size=1, max_size=REQUESTS)
 
 
 def verify(seed, counts, vocab, dtype=torch.float32, temperatures=(0.0,), drafts="none", **options):
-    """Verifies random drafts, likely ones mostly; `drafts`: whether the draft's distributions are known."""
+    """Verify random drafts, most of which are likely. `drafts`: whether the draft's distributions are known."""
     g = torch.Generator().manual_seed(seed)
     lens = torch.tensor(counts)
     rows, requests = int(lens.sum()), torch.randperm(REQUESTS, generator=g)[: len(counts)]

@@ -26,7 +26,7 @@ DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
 
 
 class Rows:
-    """Random rows of logits, rows of one request side by side."""
+    """Random rows of logits. The rows of a request are adjacent."""
 
     def __init__(self, seed: int, counts: list[int], vocab: int, dtype: torch.dtype = torch.float32) -> None:
         self.g = torch.Generator().manual_seed(seed)
@@ -259,7 +259,7 @@ def test_thinking_budget(seed, counts, warm):
     def apply(logits, requests, *args):
         thinking_budget.apply_thinking_budget(logits, requests, *args)
         start, end, scanned = args[6:9]
-        return logits, start > end, scanned  # which comes last is all that is read of the two
+        return logits, start > end, scanned  # only the order of the two is used
 
     agree(
         apply, r.logits.contiguous(), r.expanded[r.cu_logits[:-1].long()], r.expanded,
