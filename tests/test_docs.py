@@ -130,6 +130,15 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in anchors(found), f"{page.name}: {link}"
 
 
+def test_architecture_names_files_that_exist() -> None:
+    text = FENCE.sub("", (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"))
+    names = re.findall(r"`([\w.*/]+)`", text)
+    paths = {name for name in names if "/" in name or name.endswith((".py", ".cpp"))}
+    assert len(paths) > 60
+    absent = [name for name in paths if not any(any(top.glob(name)) for top in (ROOT, ROOT / "vllm_eagle3"))]
+    assert not absent, f"docs/architecture.md names files that do not exist: {sorted(absent)}"
+
+
 @pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.name)
 def test_the_readme_or_architecture_links_every_page(page: Path) -> None:
     assert f"{page.relative_to(ROOT)}" in README

@@ -28,8 +28,6 @@ RowLoss = Callable[[Tensor, Tensor, Tensor, Tensor, str], tuple[Tensor, Tensor]]
 
 def loss_and_grad(logits: Tensor, q: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """Loss [n] of fp32 logits [n, v] against probabilities q [n, v], and its gradient [n, v]."""
-    if kind not in KINDS:
-        raise ValueError(f"loss must be one of {', '.join(KINDS)}, found {kind!r}")
     top = logits.amax(-1, keepdim=True)
     e = (logits - top).exp()
     total = e.sum(-1, keepdim=True)
@@ -45,8 +43,10 @@ def loss_and_grad(logits: Tensor, q: Tensor, kind: str) -> tuple[Tensor, Tensor]
     d_overlap = below - p * below.sum(-1, keepdim=True)
     if kind == "tv":
         return 1 - overlap, -d_overlap
-    overlap = overlap.clamp_min(1e-6)
-    return -overlap.log(), -d_overlap / overlap[:, None]
+    if kind == "lk":
+        overlap = overlap.clamp_min(1e-6)
+        return -overlap.log(), -d_overlap / overlap[:, None]
+    raise ValueError(f"loss must be one of {', '.join(KINDS)}, found {kind!r}")
 
 
 def row_loss(logits: Tensor, table: Tensor, index: Tensor, scale: Tensor, kind: str) -> tuple[Tensor, Tensor]:
