@@ -43,6 +43,7 @@ class VllmEngine:
         if mode == "tree":
             tree = settings.tree
             options["tree"] = {"depth": tree.depth, "topk": tree.topk, "nodes": tree.nodes}
+            options["graft"] = False
         extra |= memory_arguments(
             settings.target,
             settings.draft if drafts else None,
