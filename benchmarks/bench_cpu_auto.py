@@ -2,7 +2,7 @@
 
 One process an engine. Within a repeat each batch size is measured on all of them, beginning with another one each time.
 
-    python benchmarks/bench_cpu_auto.py [--widen 6] [--batch-sizes 1 2 8 32 56] [--json FILE]
+    python benchmarks/bench_cpu_auto.py [--widen 6] [--batch-sizes 1 2 8] [--modes auto auto-tree] [--json FILE]
 """
 
 import argparse
@@ -37,7 +37,7 @@ def measure(settings: SweepSettings) -> dict[tuple[str, int], list[Measurement]]
         file = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "settings.json"
         file.write_text(settings.to_json(), encoding="utf-8")
         workers = []
-        for mode in MODES:
+        for mode in settings.modes:
             native = {"VLLM_USE_V2_MODEL_RUNNER": "1", "EAGLE3_DISABLE": "0"}
             workers.append(Worker(mode, mode, file, native))
             stack.callback(workers[-1].close)
@@ -53,17 +53,19 @@ def measure(settings: SweepSettings) -> dict[tuple[str, int], list[Measurement]]
 
 def row(size: int, found: dict[tuple[str, int], list[Measurement]]) -> dict[str, Any]:
     """Of one batch size: tokens/s and tokens a verification of each mode, and the ratios of every repeat."""
-    runs = {mode: found[mode, size] for mode in MODES}
-    rates = {mode: [m.tokens / m.seconds for m in runs[mode]] for mode in MODES}
+    runs = {mode: found[mode, size] for mode in MODES if (mode, size) in found}
+    rates = {mode: [m.tokens / m.seconds for m in runs[mode]] for mode in runs}
     ratios = {
-        name: [x / y for x, y in zip(rates[a], rates[b], strict=True)] for name, (a, b) in PAIRS.items()
+        name: [x / y for x, y in zip(rates[a], rates[b], strict=True)]
+        for name, (a, b) in PAIRS.items()
+        if a in runs and b in runs
     }
     return {
         "batch_size": size,
-        "tokens_per_second": {mode: median(rates[mode]) for mode in MODES},
+        "tokens_per_second": {mode: median(rates[mode]) for mode in runs},
         "tau": {
             mode: 1 + sum(m.accepted for m in runs[mode]) / max(sum(m.drafts for m in runs[mode]), 1)
-            for mode in MODES
+            for mode in runs
         },
         "median": {name: median(values) for name, values in ratios.items()},
         "interval": {name: bootstrap_median(values) for name, values in ratios.items()},
@@ -77,6 +79,7 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--widen", type=int, metavar="N", help="target with MLPs N times as wide")
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 2, 8, 32, 56])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--max-tokens", type=int, default=64)
@@ -90,21 +93,22 @@ def main() -> None:
         draft=str(draft),
         data=(data,),
         batch_sizes=tuple(args.batch_sizes),
-        modes=MODES,
+        modes=tuple(args.modes),
         repeats=args.repeats,
         max_tokens=args.max_tokens,
     )
     made = provenance([data], settings.public() | {"widen": args.widen or 1})
     found = measure(settings)
     rows = [row(size, found) for size in settings.batch_sizes]
-    print(f"| batch | {' | '.join(MODES)}, tokens/s | {' | '.join(PAIRS)} |\n" + "| --- " * 7 + "|")
+    print(
+        f"| batch | {', '.join(args.modes)}: tokens/s | ratios, medians with 95 % intervals |\n| --- | --- | --- |"
+    )
     for r in rows:
-        rates = " | ".join(f"{r['tokens_per_second'][mode]:.1f}" for mode in MODES)
-        ratios = " | ".join(
-            f"{r['median'][name]:.3f} ({low:.3f} to {high:.3f})"
-            for name, (low, high) in r["interval"].items()
-        )
-        print(f"| {r['batch_size']} | {rates} | {ratios} |")
+        rates = ", ".join(f"{rate:.1f}" for rate in r["tokens_per_second"].values())
+        ratios = [
+            f"{n} {r['median'][n]:.3f} ({low:.3f} to {high:.3f})" for n, (low, high) in r["interval"].items()
+        ]
+        print(f"| {r['batch_size']} | {rates} | {', '.join(ratios)} |")
     if args.json:  # several calls, one for each target and some batch sizes, add up in a file
         old = json.loads(args.json.read_text(encoding="utf-8"))["results"] if args.json.is_file() else []
         new = [r | {"widen": args.widen or 1, "provenance": made} for r in rows]
