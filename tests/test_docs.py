@@ -150,6 +150,17 @@ def test_every_results_file_has_its_section() -> None:
         assert f"results/{path.name}" in text, f"{path.name}: docs/benchmarks.md does not name it"
 
 
+def test_every_section_of_measurements_has_its_file_and_its_command() -> None:
+    text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    heads = [section.split("\n", 1) for section in text.split("\n## ")[1:]]
+    assert len(heads) > 10
+    for head, section in heads:
+        if head != "The paper":
+            named = re.findall(r"results/([\w.]+)", section)
+            assert any((ROOT / "benchmarks" / "results" / name).is_file() for name in named), head
+            assert "```bash" in section, head
+
+
 def test_readme_is_short() -> None:
     before, rest = README.split("<!-- options -->")
     words = len((before + rest.split("<!-- /options -->")[1]).split())
