@@ -76,13 +76,14 @@ def timed(function: Any, spent: dict[str, float], phase: str) -> Any:
 def run(llm: Any, prompts: list[str], tokens: int, spent: dict[str, float]) -> dict[str, Any]:
     """Answer the prompts together. A step that takes in a prompt does not count, nor does the first one after it."""
     from vllm import SamplingParams
+    from vllm.inputs import tokens_input
 
     greedy = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
     engine, tokenizer = llm.llm_engine, llm.get_tokenizer()
     for i, prompt in enumerate(prompts):
         chat = [{"role": "user", "content": prompt}]
         ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
-        engine.add_request(f"{time.monotonic_ns()}-{i}", {"prompt_token_ids": ids}, greedy)
+        engine.add_request(f"{time.monotonic_ns()}-{i}", tokens_input(ids), greedy)
     steps, emitted, texts = [], 0, {}
     made: dict[str, int] = {}
     while engine.has_unfinished_requests():

@@ -127,11 +127,12 @@ def time_batch(
 ) -> list[float]:
     """Milliseconds of the draft phase in `steps` decoding steps of these prompts together."""
     from vllm import SamplingParams
+    from vllm.inputs import tokens_input
 
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
     requests = [f"{len(prompts)}/{i}" for i in range(len(prompts))]
     for request, ids in zip(requests, prompts, strict=True):
-        engine.add_request(request, {"prompt_token_ids": ids}, params)
+        engine.add_request(request, tokens_input(ids), params)
     waiting = set(requests)
     while waiting:  # until every prompt is read
         waiting -= {output.request_id for output in engine.step() if output.outputs[0].token_ids}

@@ -133,7 +133,7 @@ def test_environments(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_json_and_figure(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    def fake(mode: str, settings: EvalSettings) -> list[TaskRun]:
+    def fake(mode: str, settings: EvalSettings, log: Path) -> list[TaskRun]:
         accepted = 0 if mode == "none" else 5
         answers = {"x-1": [[1, 2], [3]]}
         return [TaskRun(mode, "x", 10, accepted, [4, 1][:accepted], 20, 2.0, answers)]

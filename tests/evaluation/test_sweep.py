@@ -124,8 +124,11 @@ def test_engines_are_measured_in_turn_and_the_first_repeat_is_dropped(monkeypatc
     order, turns = [], []
 
     class FakeWorker:
-        def __init__(self, name: str, mode: str, settings: Path) -> None:
+        def __init__(self, name: str, mode: str, settings: Path, log: Path) -> None:
             self.name = name
+
+        def wait(self) -> None:
+            pass
 
         def measure(self, batch_size: int, turn: int) -> Measurement:
             turns.append(turn)
@@ -155,7 +158,8 @@ def test_engines_are_measured_in_turn_and_the_first_repeat_is_dropped(monkeypatc
 def test_a_dead_engine_is_an_error(closed_form_target, capsys) -> None:
     code = main(["sweep", "--modes", "none", "--target", str(closed_form_target), "--draft", "a/draft"])
     assert code == 2
-    assert "the engine 'none' died" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "the engine 'none' ended with exit code" in shown and "the whole log: " in shown
 
 
 def test_synthetic_acceptance_without_a_gpu_is_refused(monkeypatch, capsys) -> None:

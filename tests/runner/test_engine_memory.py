@@ -84,12 +84,12 @@ def test_the_message_names_need_and_free_and_what_to_change(settings, node):
         next(worker.run_mode("chain", settings))
 
 
-def test_the_message_comes_out_of_the_worker_process(settings):
+def test_the_message_comes_out_of_the_worker_process(settings, tmp_path):
     """No machine that runs these tests has memory for the KV cache of 100,000 requests."""
     from dataclasses import replace
 
     with pytest.raises(RuntimeError, match=r"^mode none: .*this engine needs about .* GB are free"):
-        run_in_process("none", replace(settings, batch_size=100_000))
+        run_in_process("none", replace(settings, batch_size=100_000), tmp_path / "log")
 
 
 def test_fewer_requests_may_have_to_fit(monkeypatch, closed_form_target):

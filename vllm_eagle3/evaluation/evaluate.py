@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from vllm_eagle3.evaluation.metrics import TaskRun, result_rows
-from vllm_eagle3.evaluation.settings import EvalSettings
+from vllm_eagle3.evaluation.settings import MODES, EvalSettings
+from vllm_eagle3.log_files import EngineFailedError, log_file, quiet
 from vllm_eagle3.provenance import provenance
 
 
@@ -36,19 +38,21 @@ def environment(mode: str) -> dict[str, str]:
     return env
 
 
-def run_in_process(mode: str, settings: EvalSettings) -> list[TaskRun]:
-    """Run one mode in a separate process.
+def run_in_process(mode: str, settings: EvalSettings, log: Path) -> list[TaskRun]:
+    """Runs one mode in a process of its own, which writes its own messages to `log`.
 
     Raises:
-        RuntimeError: the process failed. Its own messages are on stderr.
+        EngineFailedError: the process failed.
+        RuntimeError: it found too little memory.
     """
     with tempfile.TemporaryDirectory() as folder:
         given, out = Path(folder) / "settings.json", Path(folder) / "runs.jsonl"
         given.write_text(settings.to_json(), encoding="utf-8")
         command = [sys.executable, "-m", "vllm_eagle3.evaluation.worker", mode, str(given), str(out)]
-        done = subprocess.run(command, env=environment(mode), stdout=2, check=False)
+        with log.open("ab") as file:
+            done = subprocess.run(command, env=environment(mode), stdout=file, stderr=file, check=False)
         if done.returncode:
-            raise RuntimeError(f"mode {mode} failed with exit code {done.returncode}; see its messages above")
+            raise EngineFailedError(f"mode {mode} failed with exit code {done.returncode}", log)
         lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
         for line in lines:
             if "error" in line:
@@ -62,8 +66,12 @@ def evaluate(settings: EvalSettings) -> dict[str, Any]:
     Raises:
         RuntimeError: a mode failed.
     """
-    origin = provenance(
-        settings.data, settings.public()
-    )  # taken before the runs, so that it names the commit that they started from
-    runs = [run for mode in settings.modes for run in run_in_process(mode, settings)]
+    # Before the runs, because it names the commit that they ran from.
+    origin = provenance(settings.data, settings.public())
+    log, runs = log_file("eval"), list[TaskRun]()
+    with quiet(log), tqdm(settings.modes, unit="mode") as bar:
+        for mode in bar:
+            bar.set_description(f"{mode}: {MODES[mode]}")
+            runs += run_in_process(mode, settings, log)
+    sys.stderr.write(f"log of the engines: {log}\n")
     return {"provenance": origin, "results": result_rows(runs, greedy=settings.temperature == 0)}

@@ -10,6 +10,7 @@ import importlib.util
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -45,7 +46,7 @@ class UpstreamSignature:
         path = path.with_suffix(".py") if path.with_suffix(".py").is_file() else path / "__init__.py"
         if not path.is_file():
             return None
-        scope: ast.AST = ast.parse(path.read_text(encoding="utf-8"))
+        scope: ast.AST = _parsed(path)
         *owners, name = self.qualname.split(".")
         for owner in owners:
             inner = [
@@ -59,6 +60,11 @@ class UpstreamSignature:
                 args = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
                 return ", ".join(arg.arg for arg in args)
         return next(_bindings(scope, name), None)
+
+
+@cache
+def _parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def _bindings(scope: ast.AST, name: str) -> Iterator[str]:

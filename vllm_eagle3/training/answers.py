@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 
+from vllm_eagle3.log_files import EngineFailedError, log_file
 from vllm_eagle3.training.ranks import Ranks
 from vllm_eagle3.training.settings import Answers
 
@@ -27,16 +28,18 @@ def answer_prompts(answers: Answers, target: str, dtype: str, ranks: Ranks) -> N
 
     The engine runs in a separate process, so that its memory is free when training begins.
 
-    Raises RuntimeError if the engine fails. The engine prints its own messages before.
+    Raises EngineFailedError when the engine fails; its log has the reason.
     """
     command = [sys.executable, "-m", "vllm_eagle3.training.generate", "--target", target, "--dtype", dtype]
     command += ["--out", str(answers.out), "--data", *map(str, answers.prompts)]
     command += [*answers.arguments, "--part", str(ranks.rank), "--parts", str(ranks.world)]
+    log = log_file("answers")
+    command += ["--log", str(log)]
     logger.info("answering prompts: %s", " ".join(command))
     done = subprocess.run(command, env=engine_environment(ranks), check=False)
     if done.returncode:
         text = f"answering the prompts failed with exit code {done.returncode}: {' '.join(command)}"
-        raise RuntimeError(text)
+        raise EngineFailedError(text, log)
 
 
 def engine_environment(ranks: Ranks) -> dict[str, str]:

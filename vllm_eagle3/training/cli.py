@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from vllm_eagle3.log_files import log_file, quiet
 from vllm_eagle3.training import recipe
 from vllm_eagle3.training.options import add_options, options_of
 from vllm_eagle3.training.settings import Answers, LossOptions, TrainJob, TrainSettings
@@ -94,7 +95,9 @@ def main(args: argparse.Namespace) -> int:
     check(job)
     from vllm_eagle3.training.job import train_draft
 
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    head = train_draft(job)
-    logger.info("draft and model card: %s", head)
+    log = log_file("train")
+    with quiet(log):
+        logger.info("warnings and what libraries say: %s", log)
+        head = train_draft(job)
+        logger.info("draft and model card: %s", head)
     return 0

@@ -8,10 +8,11 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from vllm_eagle3.log_files import quiet, redirect_output
 from vllm_eagle3.prompts import Prompt, load_prompts
 from vllm_eagle3.training.answer_shards import Row, ShardWriter, done_keys, shards
 
@@ -98,6 +99,7 @@ def conversations(settings: GenerateSettings) -> list[Conversation]:
 def answer(llm: Any, todo: list[Conversation], settings: GenerateSettings) -> Iterator[Conversation]:
     """Yield each conversation as soon as its last turn is answered, while the engine's batch stays full."""
     from vllm import SamplingParams
+    from vllm.inputs import tokens_input
 
     engine, tokenizer = llm.llm_engine, llm.get_tokenizer()
     running: dict[str, Conversation] = {}
@@ -117,7 +119,7 @@ def answer(llm: Any, todo: list[Conversation], settings: GenerateSettings) -> It
         max_tokens = min(settings.max_tokens, room)
         params = SamplingParams(temperature=conversation.temperature, max_tokens=max_tokens)
         request_id = f"{conversation.sample}/{turn}/{conversation.prompt.id}"
-        engine.add_request(request_id, {"prompt_token_ids": ids}, params)
+        engine.add_request(request_id, tokens_input(ids), params)
         running[request_id] = conversation
         return True
 
@@ -149,8 +151,12 @@ def answer(llm: Any, todo: list[Conversation], settings: GenerateSettings) -> It
                 yield conversation
 
 
-def generate(settings: GenerateSettings) -> int:
+def generate(settings: GenerateSettings, console: TextIO | None = None) -> int:
     """Write the missing answers to shards in `settings.out`. Returns the number of generated tokens.
+
+    Args:
+        settings: what to answer, and how.
+        console: for the progress (default: stderr).
 
     Raises:
         ValueError: bad prompts or settings.
@@ -180,7 +186,9 @@ def generate(settings: GenerateSettings) -> int:
     )
     writer = ShardWriter(settings.out, settings.shard_rows, settings.part, settings.parts)
     tokens, skipped = 0, 0
-    progress = tqdm(total=len(todo), unit="conversation", desc=settings.out.name, smoothing=0.05)
+    progress = tqdm(
+        total=len(todo), unit="conversation", desc=settings.out.name, smoothing=0.05, file=console
+    )
     try:
         for conversation in answer(llm, todo, settings):
             writer.add(conversation.rows)
@@ -237,6 +245,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(option, type=int, default=default, help=f"{text} ({default})")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--enforce-eager", action="store_true", help="no torch.compile: starts sooner")
+    parser.add_argument("--log", type=Path, metavar="FILE", help="for what vLLM and other libraries write")
 
 
 def settings_from(arguments: argparse.Namespace) -> GenerateSettings:
@@ -259,8 +268,14 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_arguments(parser)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    generate(settings_from(parser.parse_args(argv)))
+    arguments = parser.parse_args(argv)
+    if arguments.log:
+        console = redirect_output(arguments.log)
+        with quiet(arguments.log, console):
+            generate(settings_from(arguments), console)
+    else:
+        logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+        generate(settings_from(arguments))
 
 
 if __name__ == "__main__":

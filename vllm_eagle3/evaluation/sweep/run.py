@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -15,67 +13,81 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from vllm_eagle3.evaluation.engine_process import EngineProcess
 from vllm_eagle3.evaluation.evaluate import environment
 from vllm_eagle3.evaluation.model_shapes import write_shape
 from vllm_eagle3.evaluation.sweep.report import Runs, result_rows
 from vllm_eagle3.evaluation.sweep.settings import SweepSettings
 from vllm_eagle3.evaluation.sweep.worker import Measurement
+from vllm_eagle3.log_files import log_file, quiet
 from vllm_eagle3.provenance import provenance
 
 
-class Worker:
-    """The process of one engine. Raises RuntimeError if it ends early; its messages are on stderr."""
+class Worker(EngineProcess):
+    """The process of one engine of a sweep. It starts at once and is waited for before it is first asked.
+
+    Args:
+        name: of the engine, see SweepSettings.runs.
+        mode: of the sweep.
+        settings: file of the SweepSettings.
+        variables: of the environment, beside those that the mode needs.
+        log: file for what the process writes; None: a new one.
+    """
 
     def __init__(
-        self, name: str, mode: str, settings: Path, variables: Mapping[str, str] | None = None
+        self,
+        name: str,
+        mode: str,
+        settings: Path,
+        variables: Mapping[str, str] | None = None,
+        log: Path | None = None,
     ) -> None:
-        """variables: environment variables in addition to those of the mode."""
-        self.name = name
-        command = [sys.executable, "-m", "vllm_eagle3.evaluation.sweep.worker", name, str(settings)]
         env = environment("native" if mode == "adaptive" else mode)
         env.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         env |= variables or {}
-        self.process = subprocess.Popen(
-            command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
-        )
-        self._reply()
+        module = "vllm_eagle3.evaluation.sweep.worker"
+        super().__init__(name, module, [name, str(settings)], env, log or log_file("sweep"))
+        self.ready = False
 
-    def _reply(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            code = self.process.wait()
-            raise RuntimeError(f"the engine {self.name!r} died with exit code {code}; see its messages above")
-        reply: dict[str, Any] = json.loads(line)
-        if "error" in reply:
-            raise RuntimeError(f"the engine {self.name!r}: {reply['error']}")
-        return reply
+    def wait(self) -> None:
+        """Return once the engine is ready.
+
+        Raises:
+            EngineFailedError: the process ended.
+            RuntimeError: it found too little memory.
+        """
+        if not self.ready:
+            self.reply()
+            self.ready = True
+
+    def ask(self, command: Mapping[str, Any]) -> None:
+        """Give the engine a command, see the worker's module."""
+        self.wait()
+        self.send(command)
 
     def measure(self, batch_size: int, turn: int) -> Measurement:
-        """Measure one run (see SweepEngine.run)."""
-        assert self.process.stdin is not None
-        try:
-            self.process.stdin.write(f"{batch_size} {turn}\n")
-            self.process.stdin.flush()
-        except BrokenPipeError:  # then there is no reply either
-            pass
-        return Measurement(**self._reply())
+        """One run (see SweepEngine.run)."""
+        self.ask({"measure": [batch_size, turn]})
+        return Measurement(**self.reply())
 
-    def close(self) -> None:
-        """Close the input of the process, which ends it; kill it if it does not end."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        try:
-            self.process.wait(timeout=60)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
+
+def measure_in_turn(
+    workers: list[Worker], settings: SweepSettings
+) -> Iterator[tuple[int, Worker, int, Measurement]]:
+    """(repeat, engine, batch size, measurement); repeat 0 is for warming up.
+
+    Within a repeat every batch size is measured with each engine in turn, beginning with another engine every time, so
+    that what else the machine does in the meantime affects all of them.
+    """
+    for repeat in range(settings.repeats + 1):
+        first = repeat % len(workers)
+        for batch_size in settings.batch_sizes:
+            for worker in workers[first:] + workers[:first]:
+                yield repeat, worker, batch_size, worker.measure(batch_size, repeat)
 
 
 def sweep(settings: SweepSettings, save: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
     """{"provenance", "results"} (see report.result_rows), which is also passed to `save` after each repeat.
-
-    Within a repeat, each batch size is measured with all engines in turn. Each time another engine begins, so that
-    changes of the machine's load affect all of them. The first repeat is a warm-up and is not counted.
 
     Raises:
         RuntimeError: an engine died.
@@ -88,7 +100,9 @@ def sweep(settings: SweepSettings, save: Callable[[dict[str, Any]], None] | None
         )
     origin = provenance(settings.data, settings.public() | {"synthetic_acceptance": synthetic})
     runs: Runs = {}
+    log = log_file("sweep")
     with ExitStack() as stack:
+        stack.enter_context(quiet(log))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         if settings.shape is not None:
             target, draft = write_shape(settings.shape, folder)
@@ -97,22 +111,18 @@ def sweep(settings: SweepSettings, save: Callable[[dict[str, Any]], None] | None
         file.write_text(settings.to_json(), encoding="utf-8")
         workers = []
         for name, mode, _ in tqdm(settings.runs(), desc="starting engines", unit="engine"):
-            workers.append(Worker(name, mode, file))
+            workers.append(Worker(name, mode, file, log=log))
             stack.callback(workers[-1].close)
+            workers[-1].wait()
         total = (settings.repeats + 1) * len(settings.batch_sizes) * len(workers)
-        with tqdm(total=total, desc="warm-up", unit="run") as bar:
-            for repeat in range(settings.repeats + 1):
-                first = repeat % len(workers)
-                for batch_size in settings.batch_sizes:
-                    for worker in workers[first:] + workers[:first]:
-                        found = worker.measure(batch_size, repeat)
-                        if repeat:
-                            runs.setdefault((worker.name, batch_size), []).append(found)
-                        bar.set_postfix_str(
-                            f"{worker.name} at {batch_size}: {found.tokens / found.seconds:.0f}/s"
-                        )
-                        bar.update()
-                bar.set_description(f"repeat {repeat + 1}")
-                if repeat and save is not None:
+        with tqdm(total=total, desc="measuring", unit="run") as bar:
+            for repeat, worker, batch_size, found in measure_in_turn(workers, settings):
+                if repeat:
+                    runs.setdefault((worker.name, batch_size), []).append(found)
+                speed = found.tokens / found.seconds
+                bar.set_postfix_str(f"repeat {repeat}, {worker.name} at {batch_size}: {speed:.0f} tokens/s")
+                bar.update()
+                if repeat and save is not None and bar.n % (total // (settings.repeats + 1)) == 0:
                     save({"provenance": origin, "results": result_rows(runs)})
+    sys.stderr.write(f"log of the engines: {log}\n")
     return {"provenance": origin, "results": result_rows(runs)}

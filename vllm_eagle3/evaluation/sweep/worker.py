@@ -1,7 +1,11 @@
 """One engine of a sweep in its own process: `python -m vllm_eagle3.evaluation.sweep.worker NAME SETTINGS`.
 
-For each line "batch size, turn" on stdin it measures one run and writes a JSON line to stdout. Everything that other
-code writes to stdout goes to stderr. An engine that finds too little memory answers with {"error": message} and ends.
+Reads a command a line from stdin and replies in lines on what was stdout, all of them JSON objects; whatever else
+writes to stdout goes to stderr. An engine that finds too little memory replies {"error": message} and ends.
+
+    {"measure": [batch size, turn]}   {"tokens": ...}, a Measurement
+    {"answer": null}                  {"answer": ...} for each prompt, as they finish; then {"end": counts}
+    {"chat": [messages]}              {"step": [token ids]} for each step of the target; then {"end": counts}
 """
 
 from __future__ import annotations
@@ -11,7 +15,9 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -96,10 +102,11 @@ class SweepEngine:
             detokenize=settings.shape is None,
             output_kind=RequestOutputKind.DELTA,
         )
-        self.prompts = self._prompts()
         self.count = itertools.count()
 
-    def _prompts(self) -> list[list[int]]:
+    @cached_property
+    def prompts(self) -> list[list[int]]:
+        """The token ids of the prompts that leave room for an answer. Raises ValueError if there is none."""
         turns = [prompt.turns[0] for path in self.settings.data for prompt in load_prompts(path)]
         room = self.settings.max_model_len - self.settings.max_tokens
         if self.settings.shape is not None:
@@ -117,11 +124,72 @@ class SweepEngine:
             raise ValueError(f"--max-model-len: no prompt fits into {room} tokens")
         return fitting
 
-    def counters(self) -> tuple[int, int]:
-        """Verifications and accepted drafts since the engine started."""
-        values = {metric.name: int(getattr(metric, "value", 0)) for metric in self.llm.get_metrics()}
-        prefix = "vllm:spec_decode_num_"
-        return values.get(prefix + "drafts", 0), values.get(prefix + "accepted_tokens", 0)
+    def generate(self, prompts: list[list[int]]) -> Iterator[tuple[int, list[int], bool]]:
+        """(index of the prompt, new tokens, whether it is finished), in the order in which tokens come.
+
+        The new tokens of one step are the accepted drafts and, last, the token that the target added.
+        """
+        from vllm.inputs import tokens_input
+
+        engine: Any = self.llm.llm_engine
+        places = {f"{next(self.count)}": place for place, _ in enumerate(prompts)}
+        for request, place in places.items():
+            engine.add_request(request, tokens_input(prompts[place]), self.params)
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                yield places[output.request_id], list(output.outputs[0].token_ids), output.finished
+
+    def answers(self) -> Iterator[dict[str, Any]]:
+        """Every prompt's answer as it finishes, as the token ids of each step; then what was counted."""
+        before = self.counters()
+        steps: list[list[list[int]]] = [[] for _ in self.prompts]
+        for place, tokens, finished in self.generate(self.prompts):
+            if tokens:
+                steps[place].append(tokens)
+            if finished:
+                yield {"answer": {"prompt": place, "steps": steps[place]}}
+        yield {"end": self.since(before)}
+
+    def chat(self, messages: list[dict[str, str]]) -> Iterator[dict[str, Any]]:
+        """The steps of the next message of a conversation; then what was counted.
+
+        The oldest messages are left out where the conversation no longer fits.
+        """
+        tokenizer: Any = self.llm.get_tokenizer()
+        room = self.settings.max_model_len - self.settings.max_tokens
+        while True:
+            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+            if len(ids) <= room or len(messages) == 1:
+                break
+            messages = messages[1:]
+        before, times, made = self.counters(), list[float](), list[int]()
+        for _, tokens, _ in self.generate([ids[-room:]]):
+            if tokens:
+                times.append(time.perf_counter())
+                made.append(len(tokens))
+                yield {"step": tokens}
+        # As everywhere, the clock starts with the first token.
+        timed = {"decode_tokens": sum(made[1:]), "seconds": times[-1] - times[0]}
+        yield {"end": self.since(before) | timed}
+
+    def since(self, before: tuple[int, int, list[int]]) -> dict[str, Any]:
+        """What was counted since `before`, as the fields of a TaskRun."""
+        verifications, accepted, positions = self.counters()
+        return {
+            "verifications": verifications - before[0],
+            "accepted": accepted - before[1],
+            "accepted_per_position": [now - then for now, then in zip(positions, before[2], strict=True)],
+        }
+
+    def counters(self) -> tuple[int, int, list[int]]:
+        """Verifications, accepted drafts, and these by position, since the engine started."""
+        found = {metric.name: metric for metric in self.llm.get_metrics()}
+        drafts, accepted, positions = (
+            found.get(f"vllm:spec_decode_num_{name}")
+            for name in ("drafts", "accepted_tokens", "accepted_tokens_per_pos")
+        )
+        values = [int(getattr(metric, "value", 0)) for metric in (drafts, accepted)]
+        return values[0], values[1], [int(count) for count in getattr(positions, "values", [])]
 
     def run(self, batch_size: int, turn: int) -> Measurement:
         """Measure one run. As soon as a request finishes, the next prompt replaces it.
@@ -130,6 +198,8 @@ class SweepEngine:
         `batch_size` requests, or for LEAST prompts if these are more. Run number `turn` begins in the list of prompts
         where the run before it ended, so that all engines see the same prompts in the same turn.
         """
+        from vllm.inputs import tokens_input
+
         engine: Any = self.llm.llm_engine
         requests = max(batch_size, LEAST)
         begin = turn * requests % len(self.prompts)
@@ -138,7 +208,7 @@ class SweepEngine:
 
         def admit() -> None:
             request = f"{next(self.count)}"
-            engine.add_request(request, {"prompt_token_ids": next(prompts)}, self.params)
+            engine.add_request(request, tokens_input(next(prompts)), self.params)
             alive.add(request)
 
         started: set[str] = set()
@@ -150,7 +220,7 @@ class SweepEngine:
                 if output.finished:
                     alive.discard(output.request_id)
                     admit()
-        drafts, accepted = self.counters()
+        drafts, accepted, _ = self.counters()
         tokens, goal, start = 0, requests * self.settings.max_tokens, time.perf_counter()
         while tokens < goal:
             for output in engine.step():
@@ -159,7 +229,7 @@ class SweepEngine:
                     alive.discard(output.request_id)
                     admit()
         seconds = time.perf_counter() - start
-        drafts_now, accepted_now = self.counters()
+        drafts_now, accepted_now, _ = self.counters()
         engine.abort_request(list(alive))
         while engine.has_unfinished_requests():
             engine.step()
@@ -178,8 +248,19 @@ def main(argv: list[str]) -> None:
     replies.write(json.dumps({"ready": name}) + "\n")
     replies.flush()
     for line in sys.stdin:
-        replies.write(json.dumps(asdict(engine.run(*map(int, line.split())))) + "\n")
-        replies.flush()
+        for reply in obey(engine, json.loads(line)):
+            replies.write(json.dumps(reply) + "\n")
+            replies.flush()
+
+
+def obey(engine: SweepEngine, command: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The replies to one command, see above."""
+    if "measure" in command:
+        yield asdict(engine.run(*command["measure"]))
+    elif "chat" in command:
+        yield from engine.chat(command["chat"])
+    else:
+        yield from engine.answers()
 
 
 if __name__ == "__main__":

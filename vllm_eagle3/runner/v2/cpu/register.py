@@ -2,6 +2,7 @@
 
 import importlib
 import pkgutil
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -31,4 +32,7 @@ def register() -> None:
         return
     if not hasattr(triton, "next_power_of_2"):  # vLLM's placeholder for Triton lacks it
         triton.next_power_of_2 = lambda n: 1 << max(n - 1, 0).bit_length()
-    register_kernels(cpu_forms())
+    with warnings.catch_warnings():
+        # The registry looks at every attribute of every module, and torch.distributed.reduce_op warns when looked at.
+        warnings.simplefilter("ignore", FutureWarning)
+        register_kernels(cpu_forms())

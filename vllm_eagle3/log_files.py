@@ -1,0 +1,76 @@
+"""Where messages go that are of interest only when something fails: a file for each command, in the cache folder."""
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from vllm_eagle3.config import cache_folder
+
+TAIL = 40
+"""Lines of the log that are shown when an engine fails."""
+
+
+class EngineFailedError(RuntimeError):
+    """An engine's process ended; `log` is what it wrote."""
+
+    def __init__(self, message: str, log: Path) -> None:
+        super().__init__(f"{message}; the whole log: {log}")
+        self.log = log
+
+    def tail(self) -> str:
+        """The end of the log."""
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        return "".join(f"{line}\n" for line in lines[-TAIL:])
+
+
+def log_file(command: str) -> Path:
+    """A new file for what `command` and its engines write beside the results."""
+    path = cache_folder() / "logs" / f"{command}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    return path
+
+
+def redirect_output(log: Path) -> TextIO:
+    """Send all that this process and its children write to `log`; returns a stream to what stderr was."""
+    console = os.fdopen(os.dup(2), "w", encoding="utf-8")
+    with log.open("ab") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    return console
+
+
+@contextmanager
+def quiet(log: Path, console: TextIO | None = None) -> Iterator[None]:
+    """Warnings and what libraries log go to `log` for a while.
+
+    What this project logs goes there too, and to `console` (default: stderr).
+    """
+    from transformers.utils import logging as of_transformers
+
+    everything, own = logging.getLogger(), logging.getLogger("vllm_eagle3")
+    written, shown, level = logging.FileHandler(log), logging.StreamHandler(console), everything.level
+    written.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    shown.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+    everything.addHandler(written)
+    own.addHandler(shown)
+    everything.setLevel(logging.INFO)
+    logging.captureWarnings(True)
+    of_transformers.disable_default_handler()
+    of_transformers.enable_propagation()
+    of_transformers.disable_progress_bar()
+    try:
+        yield
+    finally:
+        of_transformers.enable_progress_bar()
+        of_transformers.disable_propagation()
+        of_transformers.enable_default_handler()
+        logging.captureWarnings(False)
+        everything.setLevel(level)
+        own.removeHandler(shown)
+        everything.removeHandler(written)
+        written.close()
