@@ -1,7 +1,8 @@
 """Draft trees whose nodes are drawn from the draft's own distribution q, and the rule that verifies them.
 
-A fixed draft x is accepted with p(x), the target's probability. One that was drawn from q is accepted with
-min(1, p(x) / q(x)), in all with the overlap of p and q. `reference/sampled.py` states the same rules for one sequence.
+A draft x that was not drawn is accepted with probability p(x), the target's. One that was drawn from q is accepted with
+min(1, p(x) / q(x)); over all x that sums to the overlap of p and q. `reference/sampled.py` has the same rules for one
+sequence.
 Sources: SpecInfer, arXiv 2305.09781; SpecTr, 2310.15141.
 """
 
@@ -18,21 +19,21 @@ class Children(NamedTuple):
 
     log_probs: Tensor  # float32 [n, k], log q of each
     ids: Tensor  # int64 [n, k], ids of the draft's vocabulary
-    places: Tensor  # float32 [n, k], log-values of the places: the part of q that earlier children left over
-    q: Tensor  # [n, draft_vocab], what was drawn from
+    places: Tensor  # float32 [n, k], log-values of the places: the part of q that earlier children have left
+    q: Tensor  # [n, draft_vocab], the distribution that they were drawn from
 
 
 def draw_children(
     logits: Tensor, temperature: Tensor, drawn: Tensor, k: int, dtype: torch.dtype = torch.float32
 ) -> Children:
-    """Draws k children without replacement: the k largest of log q + Gumbel noise.
+    """Draw k children without replacement: the k largest of log q + Gumbel noise.
 
     Args:
         logits: [n, draft_vocab] of the draft.
-        temperature: float [n]; read where drawn.
-        drawn: bool [n]; elsewhere the k likeliest children are taken, whose places are worth what they are.
+        temperature: float [n], only used for drawn nodes.
+        drawn: bool [n]. Other nodes get their k likeliest children, and the value of a place is the child's own.
         k: children of each node.
-        dtype: that q is kept in. q is rounded before it is drawn from.
+        dtype: the dtype of q, to which it is rounded before the draws.
     """
     scale = torch.where(drawn, temperature, 1.0)[:, None]
     q = (logits.float() / scale).softmax(dim=-1).to(dtype)
@@ -49,10 +50,10 @@ def draw_children(
 
 
 class DrawnTrees(NamedTuple):
-    """What verification has to know of drawn trees, beside their tokens and parents."""
+    """What verification needs to know of drawn trees in addition to their tokens and parents."""
 
     q: Tensor  # [batch, expansions, draft_vocab]
-    expanded: Tensor  # int64 [batch, nodes + 1], expansion that a node's children were drawn in, -1 for none
+    expanded: Tensor  # int64 [batch, nodes + 1], expansion of a node's drawn children, -1 for none
     given: Tensor  # int64 [batch], a graft's nodes: the first ones, which were not drawn; nor were children of `-1`
     draft_ids: Tensor  # int64 [vocab], id of each token in the draft's vocabulary, -1 for none
     target_ids: Tensor  # int64 [draft_vocab]
@@ -63,9 +64,9 @@ def accept_drawn(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Recursive rejection. Returns path, emitted and count as `tree.acceptance.accept`.
 
-    At a node its children are tried in turn, each with min(1, p(x) / q(x)), a graft's with p(x). After a refusal p
-    becomes the residual norm(max(p - q, 0)) and q what the refused token leaves of it. If no child is accepted, the
-    token comes from the last residual.
+    A node's children are tried in turn: each is accepted with probability min(1, p(x) / q(x)), a graft's with p(x).
+    After a refusal p becomes the residual norm(max(p - q, 0)), and the refused token is removed from q. If no child is
+    accepted, the next token is drawn from the last residual.
 
     Args:
         parents: int64 [batch, nodes + 1] as in `accept`.

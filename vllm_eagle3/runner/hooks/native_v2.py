@@ -1,4 +1,4 @@
-"""Model Runner V2 on a CPU without Triton: when it is the default, vLLM's check, and the kernels' CPU forms."""
+"""Model Runner V2 on a CPU without Triton: when it is the default, vLLM's check for Triton, and the CPU forms."""
 
 import logging
 from functools import cache
@@ -28,7 +28,8 @@ def has_cpu_forms() -> bool:
 def use_v2_model_runner(self: VllmConfig) -> bool:
     """Replaces the property of this name: on a CPU, engines of method eagle3 get the V2 runner.
 
-    VLLM_USE_V2_MODEL_RUNNER wins. What V2 was not tried with keeps vLLM's choice, with one warning.
+    The variable VLLM_USE_V2_MODEL_RUNNER has priority. For settings that were not tried with V2, vLLM's choice stays,
+    with one warning.
     """
     speculative = self.speculative_config
     ours = speculative is not None and speculative.method == "eagle3" and has_cpu_forms()
@@ -42,7 +43,7 @@ def use_v2_model_runner(self: VllmConfig) -> bool:
 
 
 def _not_tried(config: VllmConfig) -> list[str]:
-    """What an engine has that the V2 runner on a CPU does not support, or was not tried with, by name."""
+    """Names of this engine's settings that the V2 runner on a CPU does not support, or was not tried with."""
     model, parallel, speculative = config.model_config, config.parallel_config, config.speculative_config
     assert speculative is not None
     settings = {
@@ -68,10 +69,10 @@ def _warn_of_v1(reason: str) -> None:
 
 
 def validate_v2_model_runner(self: VllmConfig) -> None:
-    """Replaces the method of this name: on a CPU, Triton may be missing where the kernels have CPU forms.
+    """Replaces the method of this name: on a CPU, Triton is not needed if the kernels have CPU forms.
 
     Raises:
-        ValueError: what vLLM's V2 runner does not support; names all of it.
+        ValueError: the engine has settings that vLLM's V2 runner does not support; the message names all of them.
     """
     if not has_cpu_forms():
         _stock_validate(self)
@@ -93,10 +94,10 @@ def register_cpu_kernels(_: ModuleType) -> None:
 
 
 def hide_attributes(ffi: ModuleType) -> None:
-    """Called once llvmlite, which Numba compiles with, is imported.
+    """Called when llvmlite, with which Numba compiles, has been imported.
 
-    Its library object answers any attribute name, `__dict__` too, with a function; vLLM's registry of kernels, which
-    reads the `__dict__` of every object that has one, fails on that.
+    Its library object returns a function for any attribute name, also for `__dict__`. vLLM's registry of kernels reads
+    the `__dict__` of each object that has one, and fails on this object.
     """
     library: Any = type(ffi.lib)
     original = library.__getattr__

@@ -1,4 +1,4 @@
-"""Compact a verified batch to its accepted paths."""
+"""Reduces a verified batch to the rows of its accepted paths."""
 
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -8,20 +8,20 @@ import torch
 
 
 class AcceptedRows(NamedTuple):
-    """A batch that holds only the rows that the draft reads."""
+    """A batch with only the rows that the draft reads."""
 
     batch: Any  # InputBatch
-    rows: torch.Tensor  # int64 [tokens], where its rows come from
+    rows: torch.Tensor  # int64 [tokens], index of each row in the verified batch
     dropped: torch.Tensor  # int32 [batch], rows left out of each request
 
 
 def accepted_rows(input_batch: Any, path_rows: torch.Tensor, max_depth: int) -> AcceptedRows:
     """The batch as if each request had drafted its accepted path as a chain of max_depth tokens.
 
-    A request with drafts keeps its rows up to the root and max_depth rows after it. Those carry the nodes of
-    `path_rows` (int64 `[batch, nodes + 1]`, row of the accepted path's node at each depth) at the linear positions
-    that follow the root. A request without drafts keeps all its rows. The host knows how many rows are dropped; only
-    the device knows which rows the path has.
+    A request with drafts keeps its rows up to the root and max_depth rows after it. Those rows are the nodes of
+    `path_rows` (int64 `[batch, nodes + 1]`, row of the accepted path's node at each depth), at the linear positions
+    after the root. A request without drafts keeps all its rows. The host knows how many rows are dropped, but only the
+    device knows the rows of the path.
     """
     batch = input_batch.num_reqs
     drafts = input_batch.num_draft_tokens_per_req
@@ -40,7 +40,7 @@ def accepted_rows(input_batch: Any, path_rows: torch.Tensor, max_depth: int) -> 
     lens = (starts[1:] - starts[:-1]).long()
     request = torch.repeat_interleave(torch.arange(batch, device=device), lens, output_size=tokens)
     offset = torch.arange(tokens, device=device) - starts[request]
-    linear = old_starts[request] + offset  # the dropped rows are a request's last
+    linear = old_starts[request] + offset  # the last rows of a request are dropped
     node = offset - (lens - (logits - dropped))[request]  # 0 at the root, negative before it
     in_tree = path_rows[request, node.clamp(min=0)]
     rows = torch.where(node < 0, linear.long(), in_tree)

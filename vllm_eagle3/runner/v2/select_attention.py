@@ -1,4 +1,4 @@
-"""Which attention backend the layers of an engine with draft trees get."""
+"""Chooses the attention backend of the layers in an engine with draft trees."""
 
 from typing import Any
 
@@ -11,13 +11,13 @@ from vllm_eagle3.runner.v2.tree_limits import USE_A_CHAIN
 
 
 def select_tree_attention(vllm_config: Any) -> None:
-    """Have the layers that this process builds from now on use tree attention.
+    """Make the layers that this process builds from now on use tree attention.
 
-    On a GPU it builds on FlashAttention where that fits, otherwise on Triton, or on the one of both that was asked for.
-    The CPU platform ignores the selected backend, so there its only one is overridden.
+    On a GPU it is based on FlashAttention if that fits, otherwise on Triton, or on the one of the two that the user
+    chose. The CPU platform ignores the selected backend, so there its only backend is replaced.
 
     Raises:
-        ValueError: another backend was asked for, or FlashAttention where it does not fit.
+        ValueError: the user chose another backend, or FlashAttention where it does not fit.
     """
     if current_platform.is_cpu():
         register_backend(AttentionBackendEnum.CPU_ATTN, f"{tree_attention.__name__}.TreeCPUAttentionBackend")
@@ -28,7 +28,7 @@ def select_tree_attention(vllm_config: Any) -> None:
 
 
 def gpu_backend(vllm_config: Any) -> str:
-    """Path of the class that a GPU takes; see `select_tree_attention`."""
+    """Path of the backend's class for a GPU; see `select_tree_attention`."""
     flash = f"{tree_flash_attention.__name__}.TreeFlashAttentionBackend"
     triton = f"{tree_attention.__name__}.TreeTritonAttentionBackend"
     asked = vllm_config.attention_config.backend

@@ -1,4 +1,4 @@
-"""Settings and requests that draft trees do not support: refused at start-up, or served with a chain."""
+"""What draft trees do not support: settings are refused at start-up, requests are served with a chain."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ USE_A_CHAIN = "leave out the option 'tree' to draft a chain"
 
 
 def refuse_unsupported(vllm_config: Any, options: Eagle3Options) -> None:
-    """Raises ValueError that names every setting of this engine that a draft tree does not support."""
+    """Raise ValueError, which names every setting of this engine that draft trees do not support."""
     tree, deepest = options.tree, options.deepest
     assert tree is not None
     parallel, spec, model = (
@@ -82,5 +82,5 @@ def needs_chain(params: Any, model_config: Any) -> bool:
 
 
 def may_draw(params: Any) -> bool:
-    """Whether a request's nodes may be drawn: it samples, and no seed says which text it should get."""
+    """Whether a request's nodes may be drawn: it samples, and has no seed that determines its text."""
     return params is not None and params.temperature > 0 and params.seed is None

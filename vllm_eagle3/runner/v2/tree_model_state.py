@@ -16,10 +16,10 @@ from vllm_eagle3.runner.v2.tree_state import TreeState
 
 
 class TreeModelState(DefaultModelState):
-    """Gives a step's rows tree positions and masks, and moves the KV of the accepted path into the sequence.
+    """Gives a step's rows the positions and masks of trees, and moves the KV of the accepted path into the sequence.
 
-    To the scheduler a tree of N nodes is a chain of N drafts: slots are those of linear positions. Only what
-    the model sees is a tree.
+    For the scheduler a tree of N nodes is a chain of N drafts, with the slots of linear positions. Only the model gets
+    a tree.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class TreeModelState(DefaultModelState):
         kv_cache_config: Any,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Attention metadata, with the tree mask on the target's layers. Runs before every forward, also of a graph."""
+        """Attention metadata with the tree mask for the target's layers. Runs before each forward pass or graph."""
         metadata = super().prepare_attn(
             input_batch, cudagraph_mode, block_tables, slot_mappings, attn_groups, kv_cache_config, **kwargs
         )
@@ -67,12 +67,12 @@ class TreeModelState(DefaultModelState):
             has_drafts,
         )
         scheduled = input_batch.num_scheduled_tokens[:batch]
-        # A CUDA graph of single rows is for steps without drafts.
+        # A CUDA graph for one row per request is only used in steps without drafts.
         captures_trees = kwargs.get("for_capture", False) and int(scheduled.max()) > 1
         step = self.tree_state.step
         assert step is not None
         if not captures_trees and (step.linear or not has_drafts):
-            return metadata  # no trees: stock attention
+            return metadata  # no trees: vLLM's own attention
         layers = self.vllm_config.compilation_config.static_forward_context
         masked: dict[int, Any] = {}
         for name, layer_metadata in (metadata or {}).items():
@@ -90,7 +90,7 @@ class TreeModelState(DefaultModelState):
         return metadata
 
     def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Any]:
-        """Positions `base + depth`. The batch's own positions stay linear: vLLM takes slots and counts from them."""
+        """Positions `base + depth`. The batch's own positions stay linear, since vLLM computes the slots from them."""
         return {"positions": self.tree_state.mask.positions[: input_batch.num_tokens_after_padding]}
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
@@ -109,7 +109,7 @@ class TreeModelState(DefaultModelState):
     def target_caches(self) -> list[tuple[int, KVTable | cpu.KVTable]]:
         """The target's caches, by KV cache group.
 
-        They are looked up when first needed, so that nothing holds on to the small cache that vLLM makes while it
+        They are looked up at the first use, so that nothing refers to the small cache that vLLM makes while it
         measures the memory of CUDA graphs.
         """
         if self._target_caches is None:

@@ -13,12 +13,12 @@ from vllm_eagle3.tree.drawn import accept_drawn
 
 
 class TreeRejectionSampler(RejectionSampler):
-    """Verifies trees: the target draws a token at every node, and `tree.acceptance.accept` follows the draws.
+    """Verifies trees: the target draws a token at each node, and `tree.acceptance.accept` follows the draws.
 
-    Trees whose nodes were drawn from the draft's distribution go by `tree.drawn.accept_drawn`.
+    Trees whose nodes were drawn from the draft's distribution are verified by `tree.drawn.accept_drawn`.
 
-    The draw at a node has the noise key (seed, base + depth) that plain sampling has at that position,
-    so with per-request seeds a tree's output is the unspeculated one token for token.
+    The noise of a draw depends on (seed, base + depth), as in plain sampling at that position. So with a seed per
+    request, the output with trees equals the output without speculation, token for token.
     """
 
     def __init__(self, tree_state: TreeState, *args: Any, **kwargs: Any) -> None:
@@ -50,14 +50,14 @@ class TreeRejectionSampler(RejectionSampler):
         if trees.draws is not None:
             at = trees.drawn[idx_mapping].nonzero()[
                 :, 0
-            ]  # nodes are drawn on a CPU only, where this does not wait
+            ]  # only on a CPU, where nodes are drawn and this does not wait
             if len(at):
                 path[at], emitted[at], count[at] = accept_drawn(
                     parents[at], tokens[at], processed, rows[at], trees.drawn_trees(idx_mapping[at])
                 )
         trees.record_path(idx_mapping, path)
 
-        # Logprobs and sampling masks read row i as that of the i-th emitted token: bring the rows of the path in front.
+        # Logprobs and sampling masks take row i for the i-th emitted token, so the path's rows are moved to the front.
         if states.max_num_logprobs(idx_mapping_np) != -1 or self.sampler.return_sampling_mask:
             order = torch.arange(len(logits), device=logits.device)
             order[rows] = rows.gather(1, path)

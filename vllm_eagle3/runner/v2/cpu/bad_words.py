@@ -21,7 +21,7 @@ def _bad_words_kernel(
     input_ids_ptr: torch.Tensor,
     expanded_local_pos_ptr: torch.Tensor,
 ) -> None:
-    """Mask the last token of every bad word whose other tokens end the output, the drafts before a row included."""
+    """Mask the last token of each bad word whose other tokens end the output (with the drafts before the row)."""
     places = expanded_local_pos_ptr.tolist()
     for row, request in enumerate(expanded_idx_mapping_ptr.tolist()):
         count = int(num_bad_words_ptr[request])

@@ -20,7 +20,7 @@ def _gather_block_tables_kernel(
 ) -> None:
     """Copy the block ids of the batch's requests, group by group.
 
-    Upstream also zeroes the rows that pad a batch for a CUDA graph; no batch is padded on a CPU.
+    Upstream also writes zeros to the rows that pad a batch for a CUDA graph. On a CPU no batch is padded.
     """
     _gather(
         batch_idx_to_req_idx[:num_reqs].numpy(),
@@ -62,7 +62,7 @@ def _compute_slot_mappings_kernel(
     PAD_ID: int,
     TRITON_BLOCK_SIZE: int,
 ) -> None:
-    """Write the KV slot of every token, group by group; PAD_ID for dummy requests and behind the last token."""
+    """Write the KV slot of each token, group by group; PAD_ID for dummy requests and after the last token."""
     assert CP_SIZE == 1, "context parallelism does not run on a CPU"
     _slots(
         idx_mapping.numpy(),

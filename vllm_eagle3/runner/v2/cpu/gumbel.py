@@ -19,7 +19,7 @@ def _temperature_kernel(
     vocab_size: int,
     BLOCK_SIZE: int,
 ) -> None:
-    """Divide each row by its request's temperature; greedy rows stay as they are."""
+    """Divide each row by its request's temperature. Greedy rows do not change."""
     temperature = temperature_ptr[expanded_idx_mapping_ptr].float()
     logits_ptr /= torch.where(temperature == 0, 1.0, temperature)[:, None]
 
@@ -48,9 +48,9 @@ def _gumbel_sample_kernel(
     USE_FP64: bool,
     PER_TOKEN_COL: bool,
 ) -> None:
-    """Write each row's largest logit and its token, under Gumbel noise where the request samples.
+    """Write each row's largest logit and its token, with Gumbel noise if the request samples.
 
-    Rows of no request (index -1) are greedy. Drafts' logits also go to the cache, which verification reads.
+    Rows of no request (index -1) are greedy. The logits of drafts are also written to the cache for verification.
     """
     requests = expanded_idx_mapping_ptr
     real = requests >= 0
@@ -76,7 +76,7 @@ def _gumbel_sample_kernel(
 
 
 def noised_argmax(logits: np.ndarray, seed: int, position: int, fp64: bool) -> tuple[int, float]:
-    """(argmax, max) of logits [vocab] under the Gumbel noise of (seed, position, token).
+    """(argmax, max) of logits [vocab] with the Gumbel noise of (seed, position, token).
 
     NumPy computes the logarithms, because Numba's are not vectorised.
     """
@@ -141,7 +141,7 @@ def _uniform64(seed, position, out):
 
 @jit
 def _series_below_a_quarter(value, out):
-    """Where value < 0.25, out = log(1 - value) as upstream's series of degree 8 gives it in fp32."""
+    """If value < 0.25, write log(1 - value) to out, by upstream's series of degree 8 in fp32."""
     for i in range(value.shape[0]):
         v = value[i]
         polynomial = np.float32(1.0 / 8.0)

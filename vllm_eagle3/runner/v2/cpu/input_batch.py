@@ -59,7 +59,7 @@ def _prepare_pos_seq_lens_kernel(
     max_num_reqs: int,
     BLOCK_SIZE: int,
 ) -> None:
-    """Write each token's position and each request's length; 0 behind the last request."""
+    """Write each token's position and each request's length; 0 after the last request."""
     _positions(
         pos_ptr.numpy(),
         seq_lens_ptr.numpy(),
@@ -94,7 +94,7 @@ def _combine_sampled_and_draft_tokens_kernel(
     BLOCK_SIZE: int,
     NUM_NEW_SAMPLED_TOKENS: int = 1,
 ) -> None:
-    """Write the rows that get logits; behind the prompt, also the last sampled token and the drafts."""
+    """Write the rows that get logits. After the prompt, also write the last sampled token and the drafts."""
     _combine(
         input_ids_ptr.numpy(),
         idx_mapping_ptr.numpy(),
@@ -132,7 +132,7 @@ def _get_num_sampled_and_rejected_kernel(
     idx_mapping_ptr: torch.Tensor,
     prefill_len_ptr: torch.Tensor,
 ) -> None:
-    """Write how many drafts were rejected; nothing is sampled or rejected before the prompt's end."""
+    """Write how many tokens were sampled and drafts rejected. Both are 0 before the end of the prompt."""
     _count_rejected(
         num_sampled_ptr.numpy(),
         num_rejected_ptr.numpy(),
@@ -168,7 +168,7 @@ def _post_update_kernel(
     total_len_ptr: torch.Tensor,
     num_warps: int = 1,
 ) -> None:
-    """Append the sampled tokens to their requests and move on what each has computed."""
+    """Append the sampled tokens to their requests, and advance the number of computed tokens."""
     _append(
         idx_mapping_ptr.numpy(),
         num_computed_tokens_ptr.numpy(),

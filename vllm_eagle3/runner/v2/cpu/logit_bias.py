@@ -46,5 +46,5 @@ def _bias_kernel(
             kept = logits[stops]
             logits[stops] = NEG_INF
             if CHECK_ALL_MASKED_ROWS and restore_when_all_masked_ptr[request] and logits.amax() == NEG_INF:
-                finite = kept.isfinite()  # a grammar that only allows to stop may stop
+                finite = kept.isfinite()  # keep a stop token that is the only token a grammar allows
                 logits[stops[finite]] = kept[finite]

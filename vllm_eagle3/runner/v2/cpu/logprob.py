@@ -49,7 +49,7 @@ def _fill_logprob_token_ids_kernel(
     NUM_TOPK: int,
     PADDED_COLS: int,
 ) -> None:
-    """Write whose log-probabilities each row returns: the sampled token, then the request's own or the top ones."""
+    """Write the tokens whose log-probabilities a row returns: the sampled one, then the requested or the top ones."""
     out_token_ids_ptr[:, 0] = sampled_token_ids_ptr
     out_valid_mask_ptr[:, 0] = True
     for row, request in enumerate(expanded_idx_mapping_ptr.tolist()):

@@ -13,7 +13,7 @@ def _min_p_kernel(
     vocab_size: int,
     BLOCK_SIZE: int,
 ) -> None:
-    """Mask the tokens whose probability is below min_p times the likeliest one's."""
+    """Mask the tokens whose probability is below min_p times that of the likeliest token."""
     min_p = min_p_ptr[expanded_idx_mapping_ptr].float()
     for row in min_p.nonzero().flatten().tolist():
         logits = logits_ptr[row, :vocab_size]

@@ -21,7 +21,7 @@ def _penalties_kernel(
     vocab_size: int,
     BLOCK_SIZE: int,
 ) -> None:
-    """Apply repetition, frequency and presence penalties; the drafts before a row count as output."""
+    """Apply repetition, frequency and presence penalties. The drafts before a row count as output."""
     bits = torch.arange(32, dtype=torch.int32)
     places = expanded_local_pos_ptr.tolist()
     for row, request in enumerate(expanded_idx_mapping_ptr.tolist()):
@@ -52,7 +52,7 @@ def _bincount_kernel(
     output_bin_counts_stride: int,
     BLOCK_SIZE: int,
 ) -> None:
-    """Mark the tokens of each request's prompt, one bit a token, and count those that it has put out."""
+    """Mark the tokens of each request's prompt, one bit per token, and count the tokens of its output."""
     bits = torch.ones((), dtype=torch.int32) << torch.arange(32, dtype=torch.int32)
     for request in expanded_idx_mapping_ptr.tolist():
         prompt_len, prefill_len = int(prompt_len_ptr[request]), int(prefill_len_ptr[request])

@@ -1,4 +1,4 @@
-"""The random numbers of Triton's `tl.rand`, which upstream's verification draws."""
+"""The random numbers of Triton's `tl.rand`, which upstream's verification uses."""
 
 import numpy as np
 

@@ -14,7 +14,7 @@ def _prompt_logprobs_token_ids_kernel(
     all_token_ids_stride: int,
     BLOCK_SIZE: int,
 ) -> None:
-    """Write the token after each row's; past the longest sequence nothing is read."""
+    """Write the token after each row's token. Nothing is read beyond the longest sequence."""
     starts = query_start_loc_ptr.tolist()
     for i, request in enumerate(idx_mapping_ptr.tolist()):
         begin = int(num_computed_tokens_ptr[request]) + 1

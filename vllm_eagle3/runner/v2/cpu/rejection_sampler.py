@@ -13,7 +13,7 @@ def _flatten_sampled_kernel(
     cu_num_logits_ptr: torch.Tensor,
     num_warps: int = 1,
 ) -> None:
-    """Write each request's sampled tokens at its rows of logits."""
+    """Write each request's sampled tokens to the places of its rows of logits."""
     firsts = cu_num_logits_ptr.tolist()
     for i, count in enumerate(num_sampled_ptr.tolist()):
         flat_sampled_ptr[firsts[i] : firsts[i] + count] = sampled_ptr[i, :count]

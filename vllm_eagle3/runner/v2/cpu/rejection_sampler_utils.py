@@ -1,6 +1,6 @@
 """CPU forms of the kernels of vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils.
 
-Tables of one result a block of the vocabulary hold a whole row's in block 0, see `rows`.
+Tables with one result per block of the vocabulary have the result of a whole row in block 0, see `rows`.
 """
 
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ UPSTREAM = "vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils"
 
 
 class Distributions(NamedTuple):
-    """The target's and, for probabilistic drafts, the draft's distributions at every row of a batch."""
+    """The target's distributions at all rows of a batch and, for probabilistic drafts, the draft's."""
 
     target_logits: torch.Tensor  # [rows, vocab]
     target_max: torch.Tensor  # [rows, blocks]
@@ -30,7 +30,7 @@ class Distributions(NamedTuple):
         return self.target_max[row, 0] + self.target_sumexp[row, 0].log()
 
     def draft_lse(self, row: int) -> torch.Tensor:
-        """0 for drafts without a distribution: each is certain."""
+        """Log-sum-exp of the draft's logits; 0 for drafts without a distribution, whose probability is 1."""
         if self.draft_logits is None:
             return torch.zeros(())
         return self.draft_max[row, 0] + self.draft_sumexp[row, 0].log()
@@ -50,7 +50,7 @@ def _compute_local_logits_stats_kernel(
     draft_logits_stride_0, draft_logits_stride_1, expanded_idx_mapping_ptr, expanded_local_pos_ptr, temp_ptr,
     vocab_size, num_speculative_steps, BLOCK_SIZE, HAS_DRAFT_LOGITS,
 ):  # fmt: skip
-    """Write each row's largest logit and its token; of requests that sample also the sum of exponentials."""
+    """Write each row's largest logit and its token, and for requests that sample the sum of exponentials."""
     logits = target_logits_ptr[:, :vocab_size]
     value, index = best(logits)
     write(target_local_max_ptr, value, NEG_INF)
@@ -84,7 +84,7 @@ def _compute_cumulative_log_p_kernel(
     draft_local_sumexp_stride, cu_num_logits_ptr, idx_mapping_ptr, temp_ptr, vocab_num_blocks,
     PADDED_VOCAB_NUM_BLOCKS, HAS_DRAFT_LOGITS, num_warps=1,
 ):  # fmt: skip
-    """Block verification: write the log of the joint ratio of target and draft up to each draft, at most 0."""
+    """Block verification: write the log of the ratio of target to draft for all drafts up to each one, at most 0."""
     seen = Distributions(
         target_logits_ptr, target_local_max_ptr, target_local_sumexp_ptr, draft_logits_ptr, draft_local_max_ptr,
         draft_local_sumexp_ptr,
@@ -109,7 +109,7 @@ def _compute_local_residual_mass_kernel(
     expanded_local_pos_ptr, temp_ptr, vocab_size, num_speculative_steps, vocab_num_blocks, BLOCK_SIZE,
     PADDED_VOCAB_NUM_BLOCKS,
 ):  # fmt: skip
-    """Block verification: write how much of each draft position's target mass the draft leaves uncovered."""
+    """Block verification: write how much of the target's probability at each position the draft does not cover."""
     seen = Distributions(
         target_logits_ptr, target_local_max_ptr, target_local_sumexp_ptr, draft_logits_ptr, draft_local_max_ptr,
         draft_local_sumexp_ptr,
@@ -134,7 +134,7 @@ def _rejection_kernel(
     synthetic_conditional_rates_ptr, cumulative_log_p_ptr, local_residual_mass_ptr, local_residual_mass_stride,
     vocab_num_blocks, PADDED_VOCAB_NUM_BLOCKS, HAS_DRAFT_LOGITS, SYNTHETIC_MODE, USE_BLOCK_VERIFICATION, num_warps=1,
 ):  # fmt: skip
-    """Write each request's accepted drafts and how many they are; greedy requests also get the token after them."""
+    """Write each request's accepted drafts and their number. Greedy requests also get the token after them."""
     temps = temp_ptr[idx_mapping_ptr].float()
     best_tokens = target_local_argmax_ptr[:, 0]
     if not SYNTHETIC_MODE and not temps.any():
@@ -183,7 +183,7 @@ def _accept_greedily(sampled, accepted, best_tokens, drafts, cu_logits):
 def _verify_greedily(
     drafts: list[int], best_tokens: list[int], chances: list[float], rates: torch.Tensor | None
 ) -> tuple[list[int], int]:
-    """(tokens, how many of them are accepted drafts): a draft holds if it is the best token, or at a given rate."""
+    """(tokens, number of accepted drafts). A draft is accepted if it is the best token, or at a given rate."""
     tokens = []
     for n, (draft, token) in enumerate(zip(drafts, best_tokens, strict=True)):
         held = draft >= 0 and (draft == token if rates is None else chances[n] < rates[n])
@@ -202,7 +202,7 @@ def _verify_sampled(
     temp: Any,
     rates: Any,
 ) -> tuple[list[int], int]:
-    """As `_verify_greedily`, with Leviathan's rule: a draft x holds with chance min(1, target(x) / draft(x))."""
+    """As `_verify_greedily`, by Leviathan's rule: draft x is accepted with probability min(1, target(x) / draft(x))."""
     tokens: list[int] = []
     for n, draft in enumerate(drafts):
         if draft < 0:
@@ -221,7 +221,7 @@ def _verify_sampled(
 def _block_thresholds(
     seen: Distributions, rows: range, drafts: list[int], cumulative_log_p: torch.Tensor, residual_mass: Any
 ) -> list[Any]:
-    """Chance with which the block of drafts up to each one holds (Sun et al., 2024)."""
+    """Probability with which the block of drafts up to each one is accepted (Sun et al., 2024)."""
     thresholds = []
     for n in range(len(drafts)):
         ratio = cumulative_log_p[rows[n]].exp()
@@ -245,7 +245,7 @@ def _resample_kernel(
     contexts_stride, watermarking_ptr, watermarking_skip_mask_ptr, watermark_key_0, watermark_key_1, vocab_size,
     BLOCK_SIZE, HAS_DRAFT_LOGITS, USE_FP64, USE_BLOCK_VERIFICATION, CONTEXT_WIDTH, WATERMARK, DEDUPLICATE_CONTEXTS,
 ):  # fmt: skip
-    """Write the token behind the accepted drafts, from what the target leaves where the draft was rejected."""
+    """Write the token after the accepted drafts. If a draft was rejected, it is drawn from the residual."""
     if WATERMARK:
         raise NotImplementedError("watermarks are not supported on Model Runner V2 without Triton")
     rows = cu_num_logits_ptr[:-1].long() + rejected_step_ptr
@@ -281,7 +281,7 @@ def _insert_resampled_kernel(
     resampled_local_max_ptr, resampled_local_max_stride, resample_num_blocks, cu_num_logits_ptr,
     expanded_idx_mapping_ptr, temp_ptr, PADDED_RESAMPLE_NUM_BLOCKS,
 ):  # fmt: skip
-    """Put the resampled token behind the accepted drafts and count it; rejected greedy requests have theirs."""
+    """Write the resampled token after the accepted drafts and count it. Greedy requests have theirs already."""
     rows = cu_num_logits_ptr[:-1].long() + num_sampled_ptr
     resampled = (rows == cu_num_logits_ptr[1:] - 1) | (temp_ptr[expanded_idx_mapping_ptr[rows]] != 0)
     at = resampled.nonzero().flatten()

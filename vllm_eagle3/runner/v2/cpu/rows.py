@@ -1,7 +1,7 @@
 """Reductions over rows of logits.
 
 Upstream's kernels reduce blocks of the vocabulary. Here block 0 gets the result of a whole row, and the other blocks
-get what loses every later reduction.
+get values that never win a later reduction.
 """
 
 import torch
@@ -18,6 +18,6 @@ def best(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def write(table: torch.Tensor, values: torch.Tensor, loser: float) -> None:
-    """Write one value a row [n] to a table of one value a block [n, blocks]."""
+    """Write one value per row [n] to a table with one value per block [n, blocks]."""
     table.fill_(loser)
     table[:, 0] = values

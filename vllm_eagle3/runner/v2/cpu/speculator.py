@@ -26,7 +26,7 @@ def _prepare_prefill_inputs_kernel(
     max_num_reqs: int,
     BLOCK_SIZE: int,
 ) -> None:
-    """Write the draft's first inputs: the target's tokens moved up by one row, up to the last accepted one."""
+    """Write the inputs of the first draft step: the target's tokens up to the last accepted one, shifted by one row."""
     draft_current_step_ptr.zero_()
     _prefill(
         last_token_indices_ptr.numpy(),
@@ -80,7 +80,7 @@ def _prepare_decode_inputs_kernel(
     BLOCK_SIZE: int,
     ADVANCE_DRAFT_POSITIONS: bool,
 ) -> None:
-    """Write the inputs of the second draft step: one row a request, behind what was accepted."""
+    """Write the inputs of the second draft step: one row per request, after its accepted tokens."""
     _decode(
         draft_tokens_ptr.numpy(),
         target_seq_lens_ptr.numpy(),
@@ -132,7 +132,7 @@ def _update_draft_inputs_kernel(
     BLOCK_SIZE: int,
     ADVANCE_DRAFT_POSITIONS: bool,
 ) -> None:
-    """Keep the drafts of this step and, unless it was the last one, write the inputs of the next."""
+    """Keep the drafts of this step and, unless it was the last step, write the inputs of the next one."""
     step, batch = int(current_draft_step_ptr), len(draft_tokens_ptr)
     output_draft_tokens_ptr[:batch, step] = draft_tokens_ptr
     if step >= num_speculative_steps - 1:

@@ -16,7 +16,7 @@ def _apply_grammar_bitmask_kernel(
     MASK_STRIDE: int,
     BLOCK_SIZE: int,
 ) -> None:
-    """Mask the tokens that each row's grammar forbids, one bit a token; rows that were cut off have none."""
+    """Mask the tokens that each row's grammar forbids, one bit per token. Rows that were cut off have no bits."""
     bits, firsts = torch.arange(32, dtype=torch.int32), cu_num_logits_ptr.tolist()
     for mask, place in zip(bitmask_ptr, logits_indices_ptr.tolist(), strict=True):
         request, position = divmod(place, MASK_STRIDE)

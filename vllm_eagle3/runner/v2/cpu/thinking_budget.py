@@ -3,7 +3,7 @@
 import torch
 
 UPSTREAM = "vllm.v1.worker.gpu.sample.thinking_budget"
-FORCED = 1.0e9  # upstream's logit of a token that must come
+FORCED = 1.0e9  # upstream's logit of a token that is forced
 
 
 def _update_committed_marker_cache_kernel(
@@ -22,7 +22,7 @@ def _update_committed_marker_cache_kernel(
     MAX_LEN: int,
     BLOCK: int,
 ) -> None:
-    """Keep where each request's text last begins and ends to think, from the place where the last look ended."""
+    """Keep the last places where each request's text begins and ends to think. Searches only the new text."""
     start, end = reasoning_start_token_ids_ptr.tolist(), natural_reasoning_end_token_ids_ptr.tolist()
     for request in req_ids_ptr.tolist():
         if thinking_token_budget_ptr[request] < 0:
@@ -58,7 +58,7 @@ def _thinking_budget_kernel(
     NATURAL_END_LEN: int,
     END_LEN: int,
 ) -> None:
-    """Force the next token of the end marker where a request has thought for as long as it may."""
+    """Force the next token of the end marker if a request has used its thinking budget."""
     start, end = reasoning_start_token_ids_ptr.tolist(), natural_reasoning_end_token_ids_ptr.tolist()
     forced, places = reasoning_end_token_ids_ptr.tolist(), expanded_local_pos_ptr.tolist()
     for row, request in enumerate(expanded_idx_mapping_ptr.tolist()):
@@ -67,7 +67,7 @@ def _thinking_budget_kernel(
             continue
         text = all_token_ids_ptr[request, :length].tolist()
         text += input_ids_ptr[row - places[row] + 1 : row + 1].tolist()
-        # The cache knows what lies within the committed text, markers that reach into the drafts are looked for here.
+        # The cache has the markers within the committed text. Markers that reach into the drafts are searched here.
         last_start = last_match(text, start, max(length - START_LEN + 1, 0))
         last_end = last_match(text, end, max(length - NATURAL_END_LEN + 1, 0))
         last_start = last_start if last_start >= 0 else int(cached_last_start_ptr[request])
@@ -80,7 +80,7 @@ def _thinking_budget_kernel(
 
 
 def last_match(text: list[int], marker: list[int], begin: int) -> int:
-    """Last place from `begin` on at which `marker` stands in `text`; -1 for none."""
+    """Last place from `begin` on at which `text` contains `marker`; -1 for none."""
     for place in range(len(text) - len(marker), begin - 1, -1):
         if text[place : place + len(marker)] == marker:
             return place
