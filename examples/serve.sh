@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Serve a target with its draft: examples/serve.sh [TARGET DRAFT [more options of `vllm serve`]]
-# Without arguments it serves the embedded pair. examples/client.py asks it a question.
+# Serves a target with its draft: examples/serve.sh [TARGET DRAFT [more options of `vllm serve`]]
+# Without arguments it serves the default models. examples/client.py asks it a question.
 set -euo pipefail
 target=${1:-$(vllm-eagle3 fetch-demo --target)}
 draft=${2:-$(vllm-eagle3 fetch-demo --draft)}

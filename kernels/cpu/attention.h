@@ -8,7 +8,7 @@
 
 #include "gemm.h"
 
-constexpr int CHUNK = 64;  // keys looked at in one go: one bit each in a word
+constexpr int CHUNK = 64;  // keys processed at a time, with one bit each in a word
 constexpr float NONE = -INFINITY;
 
 enum Layout { COLUMNS = 0, PAIRS = 1, TABLE = 2 };  // see layout.py
@@ -20,10 +20,10 @@ struct Cache {  // keys and values of one head of one request
   int64_t block_stride;
   int block_size, dim;
   Layout layout;
-  const int32_t *key_offsets, *value_offsets;  // [block_size, dim], TABLE (and odd ends of PAIRS) only
+  const int32_t *key_offsets, *value_offsets;  // [block_size, dim], only for TABLE and odd ends of PAIRS
 };
 
-// What products take: pairs of bf16 where the CPU multiplies those, else float.
+// The operands of products: pairs of bf16 if the CPU can multiply them, else float.
 template <class T>
 using Operand = std::conditional_t<HAS_BF16_DOT && std::is_same_v<T, bf16>, bf16, float>;
 
@@ -65,7 +65,7 @@ static Packed<Operand<T>> chunk_values(const Cache<T>& cache, const T* block, in
   if (cache.layout == COLUMNS)
     return pack(values + (int64_t)first * cache.dim, cache.dim, count, cache.dim / GROUP, to);
   if constexpr (std::is_same_v<Operand<T>, bf16>)
-    if (cache.layout == PAIRS && count % 2 == 0)  // an odd end would multiply by what lies behind it
+    if (cache.layout == PAIRS && count % 2 == 0)  // an odd end would be multiplied by the value after it
       return {values + (int64_t)first * GROUP, (int64_t)GROUP * cache.block_size, 2 * GROUP};
   return pack_table(block, cache.value_offsets + (int64_t)first * cache.dim, cache.dim, 1, count, cache.dim / GROUP,
                     to);
@@ -78,7 +78,7 @@ static inline vfloat capped(vfloat x, float softcap) {  // softcap * tanh(x / so
   return x < 0.0f ? -value : value;
 }
 
-// Softmax of one row's scores over the keys in `visible`, brought to the running maximum; fills the row's weights.
+// Softmax of one row's scores over the keys in `visible`, relative to the running maximum. Fills the row's weights.
 template <class T>
 static void take_scores(State<T>& state, int row, uint64_t visible, int vectors, float scale, float softcap) {
   float* scores = state.scores.data() + (size_t)row * CHUNK;
@@ -115,8 +115,8 @@ static void take_scores(State<T>& state, int row, uint64_t visible, int vectors,
   state.total[row] += reduce_sum(sum);
 }
 
-// All rows over the keys [first, last) of the cache. visible(row, key) gives a word: bit j for key + j. It is asked
-// once for `group` rows, the heads of one token.
+// All rows over the keys [first, last) of the cache. visible(row, key) returns a word whose bit j is for key + j. It is
+// called once for `group` rows, the heads of one token.
 template <class T, class Visible>
 static void attend(State<T>& state, const Cache<T>& cache, int first, int last, int group, float scale, float softcap,
                    Visible visible) {
@@ -141,7 +141,7 @@ static void attend(State<T>& state, const Cache<T>& cache, int first, int last, 
   }
 }
 
-// Softmax's denominator divided out; zeros for a row that saw nothing.
+// Divide by the softmax's denominator. A row that saw no key gets zeros.
 template <class T>
 static void finish(const State<T>& state, int row, T* to) {
   const float* out = state.out.data() + (size_t)row * state.dim;

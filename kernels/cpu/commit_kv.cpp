@@ -40,7 +40,7 @@ void move_request(const Arguments& a, Word* head, const std::vector<Move>& moves
 template <class Word>
 void run(const Arguments& a) {
   const int64_t slots = a.num_blocks * a.block_size;
-  std::vector<std::vector<Move>> requests;  // those that move anything
+  std::vector<std::vector<Move>> requests;  // requests with moves
   for (int b = 0; b < a.batch; ++b) {
     std::vector<Move> moves;
     for (int i = b * a.moves; i < (b + 1) * a.moves; ++i) {

@@ -1,6 +1,6 @@
 // Small matrix products C [m, n] = A [m, k] B [k, n] in float, with B packed by groups of 16 columns.
 //
-// float: B [n / 16][k][16]. bf16 where the CPU has a dot product of pairs: B [n / 16][k / 2][16][2]; A is bf16 too.
+// float: B [n / 16][k][16]. bf16, if the CPU has a dot product of pairs: B [n / 16][k / 2][16][2], and A is bf16 too.
 #pragma once
 
 #include "simd.h"
@@ -81,7 +81,7 @@ static void gemm(const T* a, int64_t lda, Packed<T> b, int m, int groups, int k,
   }
 }
 
-// Pack `k` rows of `16 * groups` adjacent columns, `stride` apart. Returns how to read them.
+// Pack `k` rows of `16 * groups` adjacent columns with the row stride `stride`. Returns how to read them.
 template <class T>
 static Packed<float> pack(const T* from, int64_t stride, int k, int groups, float* to) {
   for (int g = 0; g < groups; ++g)
@@ -109,7 +109,7 @@ static Packed<bf16> pack(const bf16* from, int64_t stride, int k, int groups, bf
 }
 #endif
 
-// Pack from anywhere: element (i, j) lies at from[offsets[i * row + j * column]].
+// Pack elements in any order: element (i, j) is from[offsets[i * row + j * column]].
 template <class T>
 static Packed<float> pack_table(const T* from, const int32_t* offsets, int64_t row, int64_t column, int k, int groups,
                                 float* to) {

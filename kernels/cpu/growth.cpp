@@ -1,4 +1,4 @@
-// The growth of draft trees between two passes of the draft; see growth.py for what is computed.
+// The growth of draft trees between two passes of the draft; growth.py describes what is computed.
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
@@ -28,7 +28,7 @@ struct Ranked {
 
 bool before(const Ranked& a, const Ranked& b) { return a.score > b.score || (a.score == b.score && a.index < b.index); }
 
-// The k first of a sequence that is offered in ascending order of index.
+// The k best of a sequence whose items arrive in ascending order of index.
 struct Best {
   std::vector<Ranked> kept;
   int k;
@@ -44,7 +44,7 @@ struct Best {
   }
 };
 
-// NaN and infinity rank last, -infinity before them.
+// The order of values: NaN and +infinity come last, -infinity just before them.
 float rankable(float x) { return x < INFINITY ? std::max(x, -FLT_MAX) : -INFINITY; }
 
 vfloat rankable(vfloat x) { return x < INFINITY ? vmax(x, splat(-FLT_MAX)) : splat(-INFINITY); }
@@ -54,10 +54,10 @@ float finite(float log_prob) {
   return std::clamp(log_prob, UNLIKELY, 0.0f);
 }
 
-// log(sum(exp(x))) of a row, as torch.logsumexp has it for NaN and infinities.
+// log(sum(exp(x))) of a row, with the results of torch.logsumexp for NaN and infinities.
 template <class T>
 float log_sum_exp(const T* row, int vocab, float largest) {
-  if (largest <= -FLT_MAX) {  // nothing finite: the definition decides
+  if (largest <= -FLT_MAX) {  // no finite value: use the definition
     float sum = 0.0f;
     for (int i = 0; i < vocab; ++i) sum += std::exp(to_float(row[i]));
     return std::log(sum);
@@ -90,7 +90,7 @@ void row_children(const Children& a, int r, std::vector<float>& maxima, Best& be
     maxima[b] = m;
     largest = std::max(largest, m);
   }
-  // The k-th largest maximum is a bound that the k best reach: only blocks that reach it are looked at.
+  // The k best values are at least the k-th largest maximum of a block, so other blocks are skipped.
   best.start(std::min(a.k, blocks));
   for (int b = 0; b < blocks; ++b) best.offer(maxima[b], b);
   const float bound = (int)best.kept.size() == a.k ? best.kept.back().score : -INFINITY;
@@ -118,18 +118,18 @@ void run(const Children& a) {
 }
 
 struct Level {
-  // All candidates so far, [batch, most] each; `base` of them lie before this level's.
+  // All candidates so far, [batch, most] each. The first `base` of them are from earlier levels.
   int64_t* tokens;
   float* scores;
   int64_t* parents;  // index among all candidates, -1 for the root
-  int64_t* frontier;  // [batch, topk], candidates whose children come now; then those that come next
+  int64_t* frontier;  // [batch, topk], candidates whose children are added; on return, the next frontier
   float* frontier_scores;
   // This level's children [batch, width, topk], and the states [batch * width] that they were made from.
   const float* log_probs;
   const int64_t* ids;
   const bool* chain;
   const char* states;
-  // What the draft takes next, [batch, topk] rows.
+  // The draft's next inputs, [batch, topk] rows.
   void* next_tokens;
   int64_t *next_positions, *next_paths;
   char* next_states;
@@ -171,7 +171,7 @@ void grow_request(const Level& a, int b, Best& best) {
 }
 
 struct Rerank {
-  int64_t *out_tokens, *out_parents;  // [batch, nodes], rows apart by out_stride
+  int64_t *out_tokens, *out_parents;  // [batch, nodes], with a row stride of out_stride
   float* out_scores;  // [batch, nodes]
   const int64_t* tokens;
   const float* scores;

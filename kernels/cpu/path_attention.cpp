@@ -10,7 +10,7 @@ struct Arguments {
   const int32_t *table, *prefix;
   void *keys, *values;  // scratch [batch, slots, kv_heads, dim]
   const int64_t* paths;
-  const void *new_keys, *new_values;  // rows of this level, put to their slots first; or null
+  const void *new_keys, *new_values;  // rows of this level, written to their slots first; or null
   const int32_t *key_offsets, *value_offsets;
   int64_t query_stride, new_key_stride, new_value_stride, table_stride, block_stride, head_stride, path_request,
       path_node;
@@ -34,7 +34,7 @@ void store_level(const Arguments& a) {
     }
 }
 
-// A node's own path: few keys that no other node shares, so no matrix product.
+// A node's own path has few keys, and no other node shares them, so there is no matrix product.
 template <class T>
 void attend_path(const Arguments& a, State<T>& state, int request, int kv_head, int node, int group) {
   const int64_t* path = a.paths + request * a.path_request + node * a.path_node;
@@ -66,7 +66,7 @@ void run_item(const Arguments& a, int request, int kv_head, State<T>& state) {
   }
   for (int n = 0; n < a.nodes; ++n) attend_path(a, state, request, kv_head, n, group);
   const int prefix = a.prefix[request];
-  const int first = a.window ? std::max(prefix + a.length - a.window, 0) : 0;  // a node stands at prefix - 1 + length
+  const int first = a.window ? std::max(prefix + a.length - a.window, 0) : 0;  // its position: prefix - 1 + length
   const Cache<T> cache{(const T*)a.cache + kv_head * a.head_stride, a.table + request * a.table_stride, a.block_stride,
                        a.block_size, a.dim, (Layout)a.layout, a.key_offsets, a.value_offsets};
   attend(state, cache, first, prefix, group, a.scale, 0.0f,

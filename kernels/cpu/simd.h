@@ -24,7 +24,7 @@ constexpr int TILE_GROUPS = 1;
 constexpr int WIDTH = 4;
 constexpr int TILE_GROUPS = 1;
 #endif
-constexpr int GROUP = 16;  // columns that lie together in a packed operand
+constexpr int GROUP = 16;  // adjacent columns in a packed operand
 constexpr int VECTORS = GROUP / WIDTH;
 
 typedef float vfloat __attribute__((vector_size(WIDTH * 4)));
@@ -61,7 +61,7 @@ static inline vfloat load(const fp16* from) { return __builtin_convertvector(loa
 #endif
 
 static inline void store(float* to, vfloat v) { std::memcpy(to, &v, sizeof v); }
-static inline void store(bf16* to, vfloat v) {  // to the nearest, ties to even; NaN stays NaN
+static inline void store(bf16* to, vfloat v) {  // rounds to the nearest, ties to even; NaN stays NaN
 #if HAS_BF16_DOT
   __m256bh half = _mm512_cvtneps_pbh((__m512)v);
 #else
@@ -110,10 +110,10 @@ static inline float reduce_sum(vfloat v) {
   return sum;
 }
 
-// exp of x <= 88 to 2 units in the last place; 0 below -104 (below -87 where the CPU has no AVX-512).
+// exp of x <= 88, accurate to 2 units in the last place; 0 below -104 (without AVX-512 below -87).
 static inline vfloat vexp(vfloat x) {
   const vfloat magic = splat(12582912.0f);  // adding it rounds to an integer
-  vfloat clamped = vmax(splat(-105.0f), x);  // in this order NaN stays NaN
+  vfloat clamped = vmax(splat(-105.0f), x);  // in this order of arguments NaN stays NaN
   vfloat n = clamped * 1.44269504f + magic - magic;
   vfloat r = clamped - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;

@@ -1,4 +1,4 @@
-// Threads of a loop: those of torch, which are OpenMP's; one where the compiler has no OpenMP.
+// The threads of a loop are torch's OpenMP threads, or one thread if the compiler has no OpenMP.
 #pragma once
 
 #include <algorithm>

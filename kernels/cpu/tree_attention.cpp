@@ -22,9 +22,9 @@ struct Item {  // rows [first, last) of a request, one KV head
   int request, kv_head, first, last;
 };
 
-constexpr int NODES = 63;  // bits of a row's word that stand for nodes
+constexpr int NODES = 63;  // bits of a row's word that represent nodes
 
-uint64_t shifted(uint64_t bits, int64_t by) {  // left by `by` places, right where it is negative
+uint64_t shifted(uint64_t bits, int64_t by) {  // left by `by` places, or right if it is negative
   if (by <= -64 || by >= 64) return 0;
   return by >= 0 ? bits << by : bits >> -by;
 }
@@ -35,7 +35,7 @@ uint64_t between(int64_t low, int64_t high) {  // bits [low, high) of a word
   return (high == 64 ? ~0ull : (1ull << high) - 1) & ~((1ull << low) - 1);
 }
 
-// Rows an item takes: enough that keys are read rarely, few enough that every thread has work.
+// Rows of an item: many, so that keys are read rarely, but not so many that threads have no work.
 int rows_per_item(const Arguments& a, int group, int threads) {
   for (int rows = std::max(1, 64 / group);; rows = (rows + 1) / 2) {
     int64_t items = 0;
