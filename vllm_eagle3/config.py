@@ -26,9 +26,13 @@ def _option(default: Any, kind: str, valid: str, text: str) -> Any:
 class TreeOptions:
     """Shape of a draft tree. Raises ValueError on a value out of range."""
 
-    depth: int = _option(6, "int", "1 to 16", "Draft steps: the longest path of the tree, root excluded.")
-    topk: int = _option(10, "int", "1 to 32", "Children taken per expanded node; nodes expanded per step.")
-    nodes: int = _option(60, "int", "1 to 62", "Nodes kept after reranking and verified, root excluded.")
+    depth: int = _option(
+        6, "int", "1 to 16", "Draft steps, which is the longest path of the tree without its root."
+    )
+    topk: int = _option(10, "int", "1 to 32", "Children of an expanded node, and nodes expanded per step.")
+    nodes: int = _option(
+        60, "int", "1 to 62", "Nodes that are kept after reranking and verified, without the root."
+    )
 
     def __post_init__(self) -> None:
         for name, low, high in (("depth", 1, 16), ("topk", 1, 32), ("nodes", 1, 62)):
@@ -39,12 +43,12 @@ class TreeOptions:
 
 @dataclass(frozen=True)
 class GraftOptions:
-    """What a graft looks up. Raises ValueError on a value out of range."""
+    """How a graft is looked up. Raises ValueError on a value out of range."""
 
-    length: int = _option(
-        8, "int", "1 to 32", "Tokens taken from the text, and the most nodes that they add."
+    length: int = _option(8, "int", "1 to 32", "The most tokens that are copied, and so the most nodes.")
+    min_match: int = _option(
+        2, "int", "1 to 8", "How many of the newest tokens must occur earlier in the text."
     )
-    min_match: int = _option(2, "int", "1 to 8", "Newest tokens that must have stood in the text before.")
 
     def __post_init__(self) -> None:
         for name, low, high in (("length", 1, 32), ("min_match", 1, 8)):
@@ -55,28 +59,29 @@ class GraftOptions:
 
 @dataclass(frozen=True)
 class Eagle3Options:
-    """The plugin's options, checked at construction: ValueError names the option that has a bad value."""
+    """The plugin's options. Raises ValueError, which names the option with a bad value."""
 
     aux_layers: tuple[int, ...] | None = _option(
         None,
         "[int, ...]",
         "strictly increasing ids from 0 to the target's number of layers, as many as the draft's fc joins (usually 3)",
-        "Target layers the draft reads, overriding the checkpoint. Id k is the state after k layers (0: the "
-        "embedding), as in vLLM.",
+        "The target's layers that the draft reads, instead of the checkpoint's. Id k is the state after k layers (0: "
+        "the embedding), as in vLLM.",
     )
     tree: TreeOptions | None = _option(
         None,
         "object or bool",
         "null or false (chains), true (the defaults below), or an object with the keys below",
-        "Draft trees too. Under policy auto this is the largest tree that a step may draft: smaller trees, chains and "
-        "no drafts are chosen where they are faster. true also raises num_speculative_tokens to the nodes of the tree.",
+        "Also draft trees. With policy auto this is the largest tree of a step: the policy chooses smaller trees, "
+        "chains or no drafts where these are faster. true also sets num_speculative_tokens to the tree's nodes.",
     )
     graft: GraftOptions | bool = _option(
         True,
         "bool or object",
         "true, false or an object with the keys below",
-        "With trees: what followed the newest tokens of a request before in its prompt or answer is a branch of its "
-        "tree, in the places of the least likely nodes. `num_speculative_tokens` above `tree.nodes` makes room for it.",
+        "With trees: if the newest tokens of a request occurred before in its prompt or answer, the tokens that "
+        "followed them there become a branch of its tree, in place of the least likely nodes. "
+        "`num_speculative_tokens` above `tree.nodes` makes room for both.",
     )
     policy: str = _option(
         "auto",
@@ -89,9 +94,10 @@ class Eagle3Options:
         "greedy",
         "str",
         " or ".join(f'"{way}"' for way in DRAFT_SAMPLING),
-        '"auto" draws a draft from its distribution where the request samples, so that more drafts are accepted (of '
-        'trees on a CPU only, and without a seed); "greedy" always takes the likeliest. `draft_sample_method` in the '
-        "speculative config wins over it for chains. Outputs have the same distribution either way.",
+        '"auto" draws drafts from the draft\'s distribution for requests that sample, so that more of them are '
+        'accepted (in trees on a CPU only, and without a seed); "greedy" always takes the likeliest tokens. For '
+        "chains, `draft_sample_method` in the speculative config has priority. Outputs have the same distribution "
+        "either way.",
     )
     fused_kernels: bool = _option(
         True, "bool", "true or false", "Use the fused kernels. false runs their plain PyTorch twins."
