@@ -78,7 +78,7 @@ def test_tree_limits_are_valid(limits: dict[str, int]) -> None:
         ({"tree": {}, "graft": {"length": 33}}, ["'eagle3.graft.length'", "1 to 32", "found 33"]),
         ({"tree": {}, "graft": {"min": 3}}, ["'eagle3.graft.min'", "length, min_match"]),
         ({"tree": {}, "graft": "yes"}, ["'eagle3.graft'", "true, false or an object", "'yes'"]),
-        ({"graft": {"length": 3}}, ["'eagle3.graft'", "the option 'tree' beside it"]),
+        ({"graft": {"length": 3}}, ["'eagle3.graft'", "the option 'tree' with it"]),
         ({"tree": {"nodes": True}}, ["'eagle3.tree.nodes'", "found True"]),
         ({"policy": "greedy"}, ["'eagle3.policy'", "'auto' or 'fixed'", "'greedy'"]),
         ({"draft_sampling": "random"}, ["'eagle3.draft_sampling'", "'auto' or 'greedy'", "'random'"]),

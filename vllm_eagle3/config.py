@@ -127,9 +127,7 @@ class Eagle3Options:
         if isinstance(self.graft, Mapping):
             object.__setattr__(self, "graft", _from_mapping(GraftOptions, self.graft, "graft."))
             if self.tree is None:
-                raise _bad(
-                    "graft", self.graft, "the option 'tree' beside it, because a chain has no branches"
-                )
+                raise _bad("graft", self.graft, "the option 'tree' with it, because a chain has no branches")
         if not isinstance(self.graft, bool | GraftOptions):
             raise _bad(
                 "graft",

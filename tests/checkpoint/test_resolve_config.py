@@ -123,7 +123,7 @@ def test_any_number_of_states(tmp_path: Path, dialect: str, ids: tuple[int, ...]
 
 def test_a_number_of_states_without_ids(tmp_path: Path) -> None:
     config = config_of(tmp_path, "specforge") | {"num_aux_hidden_states": 5}
-    with pytest.raises(CheckpointError, match="states 5 aux hidden states and names no layers.*aux_layers"):
+    with pytest.raises(CheckpointError, match="states 5 aux hidden states but names no layers.*aux_layers"):
         resolve(config)
     got = resolve(config, aux_layers=[1, 3, 5, 7, 9])
     assert got.num_aux_hidden_states == 5
@@ -357,7 +357,7 @@ def test_supported_drafts_have_no_reason(tmp_path: Path, dialect: str) -> None:
         ({"hidden_size": None}, "hidden_size: expected a positive integer, found None"),
         ({"hidden_size": "32"}, "hidden_size: expected a positive integer, found '32'"),
         ({"num_hidden_layers": None}, "num_hidden_layers: expected"),
-        ({"num_key_value_heads": 3}, "4 attention heads are no multiple of 3"),
+        ({"num_key_value_heads": 3}, "4 attention heads are not a multiple of 3"),
         ({"head_dim": None, "num_attention_heads": 6, "num_key_value_heads": 6}, "no head_dim"),
         ({"hidden_act": "gelu"}, "hidden_act: expected 'silu', found 'gelu'"),
         ({"attention_bias": "no"}, "attention_bias: expected true or false, found 'no'"),

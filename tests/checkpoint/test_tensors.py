@@ -146,7 +146,7 @@ def test_missing_head_is_the_targets(dims: Dims) -> None:
 def test_missing_head_of_another_width_is_an_error() -> None:
     dims = Dims(target_hidden=48)
     with pytest.raises(
-        CheckpointError, match=r"lm_head.weight \[40, 32\]; the target's head.* width 48, not 32"
+        CheckpointError, match=r"lm_head.weight \[40, 32\]; the target's head.* width is 48 and not 32"
     ):
         canonical(without(draft_tensors(dims), HEAD), dims)
     with pytest.raises(CheckpointError, match=r"missing tensors: embed_tokens.weight \[96, 32\]"):
@@ -262,5 +262,5 @@ def test_quantised_draft() -> None:
 
 
 def test_drafts_left_to_stock_are_not_read() -> None:
-    with pytest.raises(CheckpointError, match="left to stock vLLM: a draft of 2 layers"):
+    with pytest.raises(CheckpointError, match="vLLM's own EAGLE-3 serves this draft: a draft of 2 layers"):
         canonical(draft_tensors(DIMS), num_hidden_layers=2)

@@ -93,7 +93,7 @@ def test_settings_survive_json(data: Path) -> None:
         ({"modes": ("none", "none")}, "--modes"),
         (
             {"modes": ("reference-tree+graft",)},
-            "--modes: reference-tree.graft needs reference-tree beside it",
+            "--modes: reference-tree.graft needs reference-tree as well",
         ),
         ({"batch_size": 0}, "--batch-size: expected at least 1, found 0"),
         ({"temperature": -1.0}, "--temperature"),

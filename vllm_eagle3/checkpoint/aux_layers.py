@@ -83,8 +83,8 @@ def _resolve(
         return None, "aux layers: not in the config, and the target's number of layers is not known"
     if stated_number not in (None, USUAL):
         raise CheckpointError(
-            f"{source}: the config states {stated_number} aux hidden states and names no layers, and only for {USUAL} "
-            f"there is a default; {SET_OPTION}."
+            f"{source}: the config states {stated_number} aux hidden states but names no layers. There is a default "
+            f"only for {USUAL}; {SET_OPTION}."
         )
     ids = default_aux_layers(n)
     if not 0 <= ids[0] < ids[1] < ids[2]:

@@ -213,11 +213,11 @@ def _layer_config(reader: Reader, config: Mapping[str, Any], notes: list[str]) -
     kv_heads = reader.size("num_key_value_heads", default=heads)
     if heads % kv_heads:
         raise CheckpointError(
-            f"{source}: {heads} attention heads are no multiple of {kv_heads} key/value heads"
+            f"{source}: {heads} attention heads are not a multiple of {kv_heads} key/value heads"
         )
     if layer.get("head_dim") is None and hidden_size % heads:
         raise CheckpointError(
-            f"{source}: no head_dim, and hidden_size {hidden_size} is no multiple of {heads} attention heads"
+            f"{source}: no head_dim, and hidden_size {hidden_size} is not a multiple of {heads} attention heads"
         )
     if (act := layer.get("hidden_act", "silu")) != "silu":
         raise CheckpointError(f"{source}: hidden_act: expected 'silu', found {act!r}")

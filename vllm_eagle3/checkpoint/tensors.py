@@ -116,7 +116,7 @@ def canonical_tensors(
             are only found at the end.
     """
     if config.unsupported_reason:
-        raise CheckpointError(f"{source}: left to stock vLLM: {config.unsupported_reason}")
+        raise CheckpointError(f"{source}: vLLM's own EAGLE-3 serves this draft: {config.unsupported_reason}")
     stream = _Stream(config, source, file_of or {}, [] if notes is None else notes)
     for name, tensor in weights:
         if stream.accepts(name, tensor):
@@ -214,7 +214,7 @@ class _Stream:
             head = embedding
         if head is not None:
             if any(name.startswith("lm_head.") and name != "lm_head.weight" for name in have):
-                raise CheckpointError(f"{self.source}: lm_head: rows of a quantised head cannot be taken")
+                raise CheckpointError(f"{self.source}: lm_head: rows of a quantised head cannot be selected")
             yield "lm_head.weight", head if target_ids is None else head[target_ids.to(head.device)]
         elif "lm_head.weight" not in have:
             self._head_from_target()
@@ -253,7 +253,7 @@ class _Stream:
         if self.config.hidden_size != self.config.target_hidden_size:
             raise CheckpointError(
                 f"{self.source}: missing tensors: lm_head.weight {list(self.shapes['lm_head.weight'])}; the "
-                f"target's head cannot stand in, it has width {self.config.target_hidden_size}, not "
+                f"target's head cannot be used, because its width is {self.config.target_hidden_size} and not "
                 f"{self.config.hidden_size}"
             )
         rows = ", rows i + d2t[i]" if self.config.has_draft_vocab else ""

@@ -52,9 +52,7 @@ class EvalSettings:
             raise ValueError(f"--modes: expected each at most once of {', '.join(MODES)}, found {self.modes}")
         for mode in self.modes:
             if mode.removesuffix(GRAFT) not in self.modes:
-                raise ValueError(
-                    f"--modes: {mode} needs {mode.removesuffix(GRAFT)} beside it, to compare with"
-                )
+                raise ValueError(f"--modes: {mode} needs {mode.removesuffix(GRAFT)} as well, to compare with")
         for name in ("num_speculative_tokens", "batch_size", "max_tokens", "max_model_len", "limit"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -227,6 +227,6 @@ def load_draft(
         tensors["lm_head.weight"] = head[ids.to(head.device)]
     unknown = tensors.keys() - model.state_dict().keys()
     if unknown:
-        raise CheckpointError(f"{path}: the plain draft model has no place for {sorted(unknown)}")
+        raise CheckpointError(f"{path}: the plain draft model does not use {sorted(unknown)}")
     model.load_state_dict(tensors)
     return model.to(dtype).eval()

@@ -68,7 +68,7 @@ def check_target(path: str | Path, aux_layers: tuple[int, ...] | None = None) ->
     config = whole.get_text_config()
     for name in ("vision_config", "audio_config"):
         if getattr(whole, name, None) is not None:
-            raise ValueError(f"{path}: has a {name}: drafts are trained for targets that read text alone")
+            raise ValueError(f"{path}: has a {name}: drafts are trained only for targets that read text")
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{path}: is an encoder-decoder model; expected a decoder")
     n = config.num_hidden_layers

@@ -115,7 +115,7 @@ def settings_of(arguments: argparse.Namespace) -> SweepSettings:
     target = settings.target or str(default_target())  # after the checks, because it may have to be fetched
     if arguments.widen is not None:
         if arguments.shape:
-            raise ValueError("--widen: expected no --shape beside it, because a shape has a size of its own")
+            raise ValueError("--widen: expected no --shape with it, because a shape has its own size")
         target = str(widened(target, arguments.widen))
     return replace(
         settings,
