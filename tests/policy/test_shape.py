@@ -12,7 +12,7 @@ LARGEST = Shape(60, 6, 10)
 
 
 def test_the_whole_menu():
-    trees = (Shape(12, 4, 3), Shape(16, 5, 4), Shape(24, 6, 4), Shape(32, 6, 6), LARGEST)
+    trees = (Shape(8, 4, 3), Shape(12, 4, 3), Shape(16, 5, 4), Shape(24, 6, 4), Shape(32, 6, 6), LARGEST)
     assert menu(LARGEST) == (*chains(range(1, 7)), *trees)
 
 

@@ -34,7 +34,7 @@ def shape_name(nodes: int, tree: bool) -> str:
 
 # Trees that the policy chooses from, beside the largest one that the options allow: nodes, depth, width. The fewer rows
 # a step may verify, the narrower the best tree is (docs/decisions.md).
-TREES = (Shape(12, 4, 3), Shape(16, 5, 4), Shape(24, 6, 4), Shape(32, 6, 6), Shape(60, 6, 10))
+TREES = (Shape(8, 4, 3), Shape(12, 4, 3), Shape(16, 5, 4), Shape(24, 6, 4), Shape(32, 6, 6), Shape(60, 6, 10))
 
 
 def menu(largest: Shape) -> tuple[Shape, ...]:
