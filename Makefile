@@ -55,7 +55,7 @@ demo: install
 
 # vLLM settles at import whether Triton works: tests of Triton's kernels in its interpreter need a process of their own.
 INTERPRETED := $(addprefix tests/runner/v2/, \
-  cpu test_gpu_kernels.py test_graphs.py test_interpreter.py test_tree_flash_attention.py)
+  cpu test_gpu_kernels.py test_gpu_startup.py test_graphs.py test_interpreter.py test_tree_flash_attention.py)
 
 test: install-dev
 	$(MAKE) --jobs=2 --output-sync=target test-v2 test-v1 test-kernels

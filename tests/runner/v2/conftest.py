@@ -19,7 +19,8 @@ if not (asked_for or triton_interpreter.enabled() or torch.cuda.is_available()):
     collect_ignore_glob = ["test_*.py"]
 elif not (triton_interpreter.enabled() or torch.cuda.is_available()):
     collect_ignore = [
-        f"test_{name}.py" for name in ("gpu_kernels", "graphs", "interpreter", "tree_flash_attention")
+        f"test_{name}.py"
+        for name in ("gpu_kernels", "gpu_startup", "graphs", "interpreter", "tree_flash_attention")
     ]
 
 
