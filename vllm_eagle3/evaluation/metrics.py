@@ -114,9 +114,9 @@ def _row(run: TaskRun, base: TaskRun | None, greedy: bool) -> dict[str, Any]:
     if base is not None:
         if greedy:
             same = [
-                ours == theirs
+                answer == plain
                 for id, turns in base.answers.items()
-                for ours, theirs in zip(run.answers[id], turns, strict=True)
+                for answer, plain in zip(run.answers[id], turns, strict=True)
             ]
             exact = fmean(same)
         if run.tokens_per_s and base.tokens_per_s:

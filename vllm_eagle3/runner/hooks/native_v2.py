@@ -32,8 +32,8 @@ def use_v2_model_runner(self: VllmConfig) -> bool:
     with one warning.
     """
     speculative = self.speculative_config
-    ours = speculative is not None and speculative.method == "eagle3" and has_cpu_forms()
-    if not ours or envs.VLLM_USE_V2_MODEL_RUNNER is not None:
+    applies = speculative is not None and speculative.method == "eagle3" and has_cpu_forms()
+    if not applies or envs.VLLM_USE_V2_MODEL_RUNNER is not None:
         return bool(_stock_use.fget(self))
     not_tried = _not_tried(self)
     if not_tried:
