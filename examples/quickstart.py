@@ -19,7 +19,7 @@ def main() -> int:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results")
     parser.add_argument("--num-speculative-tokens", type=int, default=3, metavar="K")
-    parser.add_argument("--repeats", type=int, default=3, help="paired timings (after one that warms up)")
+    parser.add_argument("--repeats", type=int, default=3, help="paired timings (after a warm-up)")
     parser.add_argument("--max-tokens", type=int, default=64)
     add_widen(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

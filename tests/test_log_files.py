@@ -1,4 +1,4 @@
-"""What a quiet command shows and what it leaves to its log (5 s)."""
+"""Which messages a quiet command prints and which it writes to its log (5 s)."""
 
 import subprocess
 import sys

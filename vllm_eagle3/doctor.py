@@ -1,4 +1,4 @@
-"""`vllm-eagle3 doctor`: a verdict first, then what a bug report needs. With a draft, whether it fits its target."""
+"""`vllm-eagle3 doctor`: a verdict, then the facts for a bug report. With a draft, it checks that it fits its target."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Finding:
     label: str
     text: str
     remedy: str | None = None
-    """What to do about it; None where nothing is wrong."""
+    """What to do about it; None if nothing is wrong."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -38,7 +38,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "doctor",
         help="check this installation, and a draft against its target",
-        description="Prints 'ready' or what to do, then what a bug report needs; exit code 1 where something is wrong.",
+        description="Prints 'ready' or what to do, then facts for a bug report. Exit code 1 if something is wrong.",
     )
     parser.add_argument("--target", metavar="DIR", help="with --draft: does the draft fit this target?")
     parser.add_argument("--draft", metavar="DIR", help="with --target")
@@ -46,10 +46,10 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the verdict and the findings; returns 1 where something is wrong.
+    """Print the verdict and the findings. Returns 1 if something is wrong.
 
     Raises:
-        UserError: one of --target and --draft is missing or no directory of a model.
+        UserError: one of --target and --draft is missing or is not a model's directory.
     """
     if bool(arguments.target) != bool(arguments.draft):
         raise UserError("--target and --draft: expected both or none of them")
@@ -155,7 +155,7 @@ def _runner() -> str:
 
 
 def _ledger() -> Iterator[Finding]:
-    """The replaced names and what else of vLLM this project depends on; a line for each that does not fit."""
+    """Check the replaced names and the other parts of vLLM that this project uses. One line for each misfit."""
     from vllm_eagle3.runner.calls import CALLED
     from vllm_eagle3.runner.ledger import PATCHES, install
     from vllm_eagle3.runner.overrides import SUBCLASSES
@@ -192,7 +192,7 @@ def _replaced(patch: Any) -> str:
 
 
 def _vllm_serve() -> Finding:
-    """Whether vLLM's command line starts: `vllm --version` goes the same way as `vllm serve` up to its options."""
+    """Whether vLLM's command line starts. `vllm --version` runs the same code as `vllm serve` up to its options."""
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "--version"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 0:

@@ -1,4 +1,4 @@
-"""Where messages go that are of interest only when something fails: a file for each command, in the cache folder."""
+"""Log files for messages that are only of interest if something fails: one per command, in the cache folder."""
 
 import logging
 import os
@@ -15,7 +15,7 @@ TAIL = 40
 
 
 class EngineFailedError(RuntimeError):
-    """An engine's process ended; `log` is what it wrote."""
+    """An engine's process ended early. `log` is the file of its messages."""
 
     def __init__(self, message: str, log: Path) -> None:
         super().__init__(f"{message}; the whole log: {log}")
@@ -28,7 +28,7 @@ class EngineFailedError(RuntimeError):
 
 
 def log_file(command: str) -> Path:
-    """A new file for what `command` and its engines write beside the results."""
+    """A new file for the messages of `command` and its engines."""
     path = cache_folder() / "logs" / f"{command}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
@@ -36,7 +36,7 @@ def log_file(command: str) -> Path:
 
 
 def redirect_output(log: Path) -> TextIO:
-    """Send all that this process and its children write to `log`; returns a stream to what stderr was."""
+    """Send all output of this process and its children to `log`. Returns a stream to the previous stderr."""
     console = os.fdopen(os.dup(2), "w", encoding="utf-8")
     with log.open("ab") as file:
         for stream in (1, 2):
@@ -46,9 +46,9 @@ def redirect_output(log: Path) -> TextIO:
 
 @contextmanager
 def quiet(log: Path, console: TextIO | None = None) -> Iterator[None]:
-    """Warnings and what libraries log go to `log` for a while.
+    """A context in which warnings and the messages of libraries go to `log`.
 
-    What this project logs goes there too, and to `console` (default: stderr).
+    This project's own messages go there as well, and to `console` (default: stderr).
     """
     from transformers.utils import logging as of_transformers
 

@@ -1,4 +1,4 @@
-"""`vllm-eagle3 chat` with a scripted input: marks, history, commands, what is counted (5 s)."""
+"""`vllm-eagle3 chat` with a scripted input: marks, history, commands and counts (5 s)."""
 
 import io
 import json
@@ -16,7 +16,7 @@ WORDS = ["The", " sky", " is", " blue", "."]
 
 
 class ScriptedEngine:
-    """Answers every question in two steps: "The", then " sky is blue." of which the last token is the target's."""
+    """Answers each question in two steps: "The", then " sky is blue.", whose last token is the target's."""
 
     def __init__(self) -> None:
         self.asked: list[Any] = []
@@ -49,11 +49,11 @@ def test_a_conversation() -> None:
         "The [sky is blue].",
         "> ",
         "> /stats",
-        "4.00 tokens a verification (tau), 8.0 tokens/s after the first token, 4 tokens",
+        "4.00 tokens per verification (tau), 8.0 tokens/s after the first token, 4 tokens",
         "> And now?",
         "The [sky is blue].",
         "> /stats",
-        "4.00 tokens a verification (tau), 8.0 tokens/s after the first token, 8 tokens",
+        "4.00 tokens per verification (tau), 8.0 tokens/s after the first token, 8 tokens",
         "> /exit",
     ]
     first, second = (command["chat"] for command in engine.asked)

@@ -1,4 +1,4 @@
-"""What the demo prints: accepted drafts marked, answers of a few lines, the engines' messages in a log (5 s)."""
+"""The output of the demo: marked accepted drafts, answers of a few lines, the engines' messages in a log (5 s)."""
 
 import io
 import os
@@ -95,7 +95,7 @@ def test_replies_and_errors(cache, monkeypatch) -> None:
 
 
 class TimedWorker:
-    """Answers every measurement with its speed, in tokens a second."""
+    """Answers each measurement with its speed, in tokens per second."""
 
     def __init__(self, name: str, speeds: list[float]) -> None:
         self.name, self.speeds = name, iter(speeds)

@@ -1,4 +1,4 @@
-"""Shows which parts of a text came from accepted drafts: in colour, or in brackets where there is no colour."""
+"""Marks the parts of a text that came from accepted drafts: in colour, or in brackets without colour."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ Marks = tuple[str, str]
 COLOUR: Marks = ("\x1b[1;32m", "\x1b[0m")
 BRACKETS: Marks = ("[", "]")
 INCOMPLETE = "\ufffd"
-"""What a tokenizer decodes the first bytes of an unfinished character to."""
+"""What a tokenizer returns for the first bytes of an incomplete character."""
 
 
 def marks_for(stream: TextIO) -> Marks:
-    """Colour on a terminal, unless NO_COLOR is set (https://no-color.org); brackets elsewhere."""
+    """Colour on a terminal, unless NO_COLOR is set (https://no-color.org); otherwise brackets."""
     return COLOUR if stream.isatty() and not os.environ.get("NO_COLOR") else BRACKETS
 
 
 class AcceptedText:
-    """Turns the tokens of one answer, step by step, into text of which each part is accepted or not.
+    """Decodes the tokens of one answer, step by step, into parts that are accepted drafts or not.
 
-    The last token of a step is the target's own, the ones before it are accepted drafts.
+    The last token of a step is the target's own; the tokens before it are accepted drafts.
     """
 
     def __init__(self, decode: Decode) -> None:
@@ -50,7 +50,7 @@ def marked(parts: Iterable[tuple[str, bool]], marks: Marks) -> str:
     """The text of `parts` on one line, with the accepted ones between `marks`."""
     shown = ""
     for text, accepted in parts:
-        # Leading space stays outside, so that brackets stand at words.
+        # A leading space stays outside of the brackets, so that they are next to words.
         body = text.lstrip()
         space = text[: len(text) - len(body)]
         shown += space + (marks[0] + body + marks[1] if accepted and body else body)
@@ -58,7 +58,7 @@ def marked(parts: Iterable[tuple[str, bool]], marks: Marks) -> str:
 
 
 def wrapped(steps: Iterable[list[int]], decode: Decode, marks: Marks, width: int, lines: int) -> list[str]:
-    """An answer as at most `lines` lines of `width` characters (marks not counted), its line breaks made spaces."""
+    """An answer in at most `lines` lines of `width` characters (without marks). Its line breaks become spaces."""
     text = AcceptedText(decode)
     cells = [
         (character, accepted) for step in steps for part, accepted in text.step(step) for character in part
@@ -73,7 +73,7 @@ def wrapped(steps: Iterable[list[int]], decode: Decode, marks: Marks, width: int
     for word in filter(None, words):
         if rows[-1] and len(rows[-1]) + 1 + len(word) > width:
             rows.append([])
-        # A space between two accepted words belongs to them.
+        # A space between two accepted words counts as accepted.
         between = [(" ", rows[-1][-1][1] and word[0][1])] if rows[-1] else []
         rows[-1] += between + word
     if len(rows) > lines:
@@ -83,7 +83,7 @@ def wrapped(steps: Iterable[list[int]], decode: Decode, marks: Marks, width: int
 
 
 def _merged(row: list[tuple[str, bool]]) -> list[tuple[str, bool]]:
-    """Neighbours of one kind put together."""
+    """Join adjacent parts of the same kind."""
     parts: list[tuple[str, bool]] = []
     for text, accepted in row:
         if parts and parts[-1][1] == accepted:

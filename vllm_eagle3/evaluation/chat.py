@@ -1,4 +1,4 @@
-"""`vllm-eagle3 chat`: a conversation in the terminal, with what came from accepted drafts marked.
+"""`vllm-eagle3 chat`: a conversation in the terminal, in which the text from accepted drafts is marked.
 
 /stats shows tau and tokens/s so far; /exit or the end of the input ends the conversation.
 """
@@ -37,7 +37,7 @@ def add_parser(subparsers: Any) -> None:
     for name, text in (
         ("num_speculative_tokens", "most drafts in a step"),
         ("max_tokens", "longest answer"),
-        ("max_model_len", "longest conversation, tokens; its oldest messages are left out then"),
+        ("max_model_len", "longest conversation, tokens; then its oldest messages are left out"),
     ):
         option, default = f"--{name.replace('_', '-')}", DEFAULTS[name]
         parser.add_argument(option, type=int, default=default, help=f"{text} (default: {default})")
@@ -45,10 +45,10 @@ def add_parser(subparsers: Any) -> None:
 
 
 class Engine(Protocol):
-    """What answers: a Worker."""
+    """The part of a worker that the chat uses."""
 
     def ask(self, command: Mapping[str, Any]) -> None:
-        """Give it a command."""
+        """Send a command."""
 
     def replies(self) -> Iterator[dict[str, Any]]:
         """The replies to the command, up to one with the key "end"."""
@@ -56,7 +56,7 @@ class Engine(Protocol):
 
 @dataclass
 class Chat:
-    """A conversation, and what its answers have counted."""
+    """A conversation, and the counts of its answers."""
 
     engine: Engine
     decode: Decode
@@ -65,7 +65,7 @@ class Chat:
     counted: TaskRun = field(default_factory=lambda: TaskRun(MODE, "chat", decode_seconds=0.0))
 
     def talk(self, lines: Iterable[str]) -> None:
-        """Answer every line, up to the end or /exit."""
+        """Answer all lines until the end of the input or /exit."""
         for line in map(str.strip, lines):
             if line == "/exit":
                 return
@@ -77,7 +77,7 @@ class Chat:
                 self.answer(line)
 
     def answer(self, question: str) -> None:
-        """Print the answer to `question` as it comes."""
+        """Print the answer to `question` while it arrives."""
         self.messages.append({"role": "user", "content": question})
         text, marks = AcceptedText(self.decode), marks_for(self.stream)
         self.engine.ask({"chat": self.messages})
@@ -95,7 +95,7 @@ class Chat:
         if speed is None:
             return "no answer yet"
         return (
-            f"{self.counted.tau:.2f} tokens a verification (tau), {speed:.1f} tokens/s after the first token, "
+            f"{self.counted.tau:.2f} tokens per verification (tau), {speed:.1f} tokens/s after the first token, "
             f"{self.counted.decode_tokens} tokens"
         )
 
@@ -110,7 +110,7 @@ class Chat:
 
 
 def typed_lines(source: TextIO, stream: TextIO) -> Iterator[str]:
-    """The lines of `source`. Without a terminal they are shown as well, so that what is captured is whole."""
+    """The lines of `source`. Without a terminal they are printed as well, so that captured output is complete."""
     if source.isatty():
         import readline  # noqa: F401  (gives input() line editing and a history)
 
@@ -126,11 +126,11 @@ def typed_lines(source: TextIO, stream: TextIO) -> Iterator[str]:
 
 
 def settings_of(arguments: argparse.Namespace) -> SweepSettings:
-    """What the engine runs.
+    """The settings of the engine.
 
     Raises:
-        UserError: one of --target and --draft is missing or no model.
-        RuntimeError: the embedded target could not be fetched.
+        UserError: one of --target and --draft is missing or is not a model.
+        RuntimeError: the default target could not be fetched.
     """
     import torch
 
@@ -148,13 +148,13 @@ def settings_of(arguments: argparse.Namespace) -> SweepSettings:
         data=(),
         batch_sizes=(1,),
         modes=(MODE,),
-        enforce_eager=not torch.cuda.is_available(),  # a CPU would compile for about a minute first
+        enforce_eager=not torch.cuda.is_available(),  # on a CPU, compiling takes about a minute
         **{name: getattr(arguments, name) for name in DEFAULTS},
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Talk until the input ends; returns 0.
+    """Talk until the input ends, and return 0.
 
     Raises:
         UserError: as `settings_of`.

@@ -1,9 +1,9 @@
-"""The demo: eight real prompts answered with EAGLE-3, the same without it, and how fast each way is.
+"""The demo: answers eight real prompts with and without EAGLE-3, and measures the speed of each way.
 
-1. Greedy, fp32: this project's chain answers, and what came from accepted drafts is marked. Plain vLLM answers too, and
-   the answers have to be the same token for token.
-2. Batch 1, one engine for each of: no speculation, stock eagle3, this project's chains as served by default, its trees.
-   They are measured in turn, several times.
+1. Greedy, fp32: this project's chain answers, and the text from accepted drafts is marked. Plain vLLM answers as well,
+   and the answers must be the same token for token.
+2. Batch 1, with one engine for each of: no speculation, vLLM's own eagle3, this project's chains as served by default,
+   its trees. They are measured in turn, several times.
 """
 
 from __future__ import annotations
@@ -47,18 +47,18 @@ Next:  .venv/bin/vllm-eagle3 chat             talk to it; accepted drafts are ma
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What the demo runs."""
+    """The settings of the demo."""
 
     num_speculative_tokens: int = 3
     max_tokens: int = 64
     repeats: int = 3
     widen: int | None = None
-    """How many times as wide the MLPs of the target are made (evaluation/widen.py)."""
+    """Factor by which the target's MLPs are widened (evaluation/widen.py)."""
     json: Path | None = None
 
 
 class Story:
-    """What the demo tells, with the seconds that its long steps take."""
+    """Prints the demo's text, and the seconds of its long steps."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
@@ -70,7 +70,7 @@ class Story:
 
     @contextmanager
     def step(self, text: str) -> Iterator[None]:
-        """Print what is done and about how long it takes; the seconds follow when it is done."""
+        """Print what is being done and about how long it takes. The real seconds follow at its end."""
         self.stream.write(f"   {text} ... ")
         self.stream.flush()
         start = time.perf_counter()
@@ -88,10 +88,10 @@ def eight_prompts(folder: Path) -> Path:
 
 
 def fetched_target(log: Path) -> Path:
-    """The embedded target, fetched and converted in a process of its own, whose messages go to `log`.
+    """The default target, fetched and converted in a separate process. The process writes its messages to `log`.
 
     Raises:
-        EngineFailedError: it could not be fetched.
+        EngineFailedError: the target could not be fetched.
     """
     command = [sys.executable, "-m", "vllm_eagle3.cli", "fetch-demo", "--target"]
     with log.open("ab") as file:
@@ -105,7 +105,7 @@ def fetched_target(log: Path) -> Path:
 def engines(
     settings: SweepSettings, modes: tuple[str, ...], folder: Path, log: Path
 ) -> Iterator[list[Worker]]:
-    """Engines of `modes`, started at the same time and waited for."""
+    """The engines of `modes`, which start at the same time. Waits until all of them are ready."""
     file = folder / f"{settings.dtype}.json"
     file.write_text(settings.to_json(), encoding="utf-8")
     with ExitStack() as stack:
@@ -120,7 +120,7 @@ def engines(
 def show_answers(
     chain: Worker, settings: SweepSettings, story: Story
 ) -> tuple[TaskRun, dict[int, list[int]]]:
-    """Print the chain's answers as they finish; returns what it counted and the token ids by prompt."""
+    """Print the chain's answers as they finish. Returns its counts and the token ids by prompt."""
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(settings.target)
@@ -142,7 +142,7 @@ def show_answers(
         question = " ".join(turns[place].split())
         if len(question) > 80:
             question = question[:77] + "..."
-        story.say(f"> {question}  ({tokens / verifications:.2f} tokens a verification)")
+        story.say(f"> {question}  ({tokens / verifications:.2f} tokens per verification)")
         for line in wrapped(steps, decode, marks, WIDTH, LINES):
             story.say(f"  {line}")
     return run, found
@@ -156,7 +156,7 @@ def answers_of(plain: Worker) -> dict[int, list[int]]:
 
 
 def table(rows: dict[str, dict[str, Any]]) -> list[str]:
-    """The speeds, a line a way."""
+    """The speeds, one line for each way."""
     lines = [f"   {'':18} {'tokens/s':>9} {'speed-up (range)':>20} {'tau':>6}"]
     for mode, name in NAMES.items():
         row = rows[mode]
@@ -172,7 +172,7 @@ def paired_ratios(ours: list[float], theirs: list[float]) -> list[float]:
 
 
 def median(values: list[float]) -> float:
-    """Of sorted values."""
+    """The median of sorted values."""
     middle = len(values) // 2
     return values[middle] if len(values) % 2 else (values[middle - 1] + values[middle]) / 2
 
@@ -191,10 +191,10 @@ def speeds(settings: SweepSettings, workers: list[Worker]) -> dict[str, dict[str
 
 
 def run(demo: DemoSettings, stream: TextIO = sys.stdout) -> int:
-    """Run the demo; returns 0, or 1 where the texts differ.
+    """Run the demo. Returns 0, or 1 if the texts differ.
 
     Raises:
-        EngineFailedError: an engine ended; its log has the reason.
+        EngineFailedError: an engine ended early; its log has the reason.
         RuntimeError: too little memory, or the target could not be fetched.
     """
     story, log = Story(stream), log_file("demo")
@@ -235,9 +235,9 @@ def run(demo: DemoSettings, stream: TextIO = sys.stdout) -> int:
 
 
 def _texts(settings: SweepSettings, folder: Path, log: Path, story: Story) -> tuple[TaskRun, bool]:
-    """Stage 1 of the demo: what the chain counted, and whether the texts are the target's."""
+    """Stage 1 of the demo. Returns the counts of the chain, and whether the texts are the target's."""
     marked = "in brackets" if marks_for(story.stream) == BRACKETS else "in green"
-    story.say(f"1. Eight answers, greedy, fp32. What came from accepted drafts is {marked}.")
+    story.say(f"1. Eight answers, greedy, fp32. Text from accepted drafts is {marked}.")
     with ExitStack() as stack:
         with story.step("starting vLLM with and without EAGLE-3 (about half a minute)"):
             live = stack.enter_context(engines(settings, settings.modes, folder, log))
@@ -247,13 +247,13 @@ def _texts(settings: SweepSettings, folder: Path, log: Path, story: Story) -> tu
     verdict = "the same, token for token, as" if identical else "NOT THE SAME as"
     story.say(f"   The texts are {verdict} those without speculation.")
     story.say(
-        f"   {chain.tau:.2f} tokens a verification (tau); share of the drafts accepted, by position: {alphas}"
+        f"   {chain.tau:.2f} tokens per verification (tau); share of the drafts accepted, by position: {alphas}"
     )
     return chain, identical
 
 
 def _speeds(settings: SweepSettings, folder: Path, log: Path, story: Story) -> dict[str, dict[str, Any]]:
-    """Stage 2 of the demo. At most three engines live at a time, which take about 4 GB together."""
+    """Stage 2 of the demo. At most three engines run at the same time and need about 4 GB together."""
     story.say(
         f"2. How fast? One request at a time, {settings.repeats} repeats in turn, no torch.compile on any side."
     )

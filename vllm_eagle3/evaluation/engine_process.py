@@ -1,4 +1,4 @@
-"""A process with one engine. It answers in JSON lines; whatever else it writes goes to a log file."""
+"""A process with one engine. It answers in JSON lines; all other output of the process goes to a log file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vllm_eagle3.log_files import EngineFailedError
 
 
 class EngineProcess:
-    """`python -m MODULE ARGUMENTS`, whose standard output is one JSON object a line."""
+    """The process `python -m MODULE ARGUMENTS`, whose standard output is one JSON object per line."""
 
     def __init__(
         self, name: str, module: str, arguments: Sequence[str], env: Mapping[str, str], log: Path
@@ -31,12 +31,12 @@ class EngineProcess:
             )
 
     def send(self, command: Mapping[str, Any]) -> None:
-        """Give the process a command, one JSON object on its standard input."""
+        """Send the process a command, as one JSON object on its standard input."""
         assert self.process.stdin is not None
         try:
             self.process.stdin.write(json.dumps(command) + "\n")
             self.process.stdin.flush()
-        except BrokenPipeError:  # then there is no reply either
+        except BrokenPipeError:  # `reply` will report that the process has ended
             pass
 
     def reply(self) -> dict[str, Any]:
@@ -57,7 +57,7 @@ class EngineProcess:
         return reply
 
     def replies(self) -> Iterator[dict[str, Any]]:
-        """The replies up to one with the key "end", which is the last."""
+        """The replies up to and including the one with the key "end"."""
         while True:
             reply = self.reply()
             yield reply
@@ -65,7 +65,7 @@ class EngineProcess:
                 return
 
     def close(self) -> None:
-        """End the process: at the end of its input, or by force."""
+        """Close the input of the process, which ends it; kill it if it does not end."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         try:

@@ -39,7 +39,7 @@ def environment(mode: str) -> dict[str, str]:
 
 
 def run_in_process(mode: str, settings: EvalSettings, log: Path) -> list[TaskRun]:
-    """Runs one mode in a process of its own, which writes its own messages to `log`.
+    """Run one mode in a separate process, which writes its messages to `log`.
 
     Raises:
         EngineFailedError: the process failed.
@@ -66,7 +66,7 @@ def evaluate(settings: EvalSettings) -> dict[str, Any]:
     Raises:
         RuntimeError: a mode failed.
     """
-    # Before the runs, because it names the commit that they ran from.
+    # Taken before the runs, because it names the commit that they started from.
     origin = provenance(settings.data, settings.public())
     log, runs = log_file("eval"), list[TaskRun]()
     with quiet(log), tqdm(settings.modes, unit="mode") as bar:

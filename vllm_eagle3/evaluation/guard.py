@@ -1,4 +1,4 @@
-"""A mistake of the user ends in one line, and not in a traceback."""
+"""Prints one line instead of a traceback for a user's mistake."""
 
 import sys
 import traceback
@@ -12,9 +12,9 @@ EXIT_MISTAKE = 2
 
 
 def guarded(work: Callable[[], int | None], command: str, debug: bool) -> int:
-    """Exit code of `work`; a mistake of the user ends in one line on stderr and code 2.
+    """Run `work` and return its exit code. A user's mistake prints one line to stderr and returns 2.
 
-    An engine that failed also shows the end of its log. `debug` shows the traceback.
+    If an engine failed, the end of its log is printed as well. `debug` prints the traceback.
     """
     try:
         return work() or 0

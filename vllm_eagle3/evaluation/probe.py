@@ -1,8 +1,8 @@
-"""Does this draft fit this target? First drafted tokens against the target's own, in plain transformers.
+"""Does this draft fit this target? Compares first drafted tokens with the target's own, in plain transformers.
 
-The states that a draft reads come from three layers of the target. A checkpoint that names them by another convention
-is off by one, and nothing fails then: the draft is only worse. The probe therefore reads one layer lower and one layer
-higher as well.
+The states that a draft reads come from three layers of the target. If a checkpoint numbers them by another convention,
+they are off by one. Nothing fails then, but the draft is worse. So the probe also reads one layer lower and one layer
+higher.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ TOKENS = 64
 SIGNIFICANT = 0.03
 """A smaller difference in acceptance may be chance: with 4 * 64 tokens one standard error is about 0.03."""
 POOR = 0.3
-"""A draft that fits its target is above this; a draft for another target is far below."""
+"""A draft that fits its target reaches more than this; a draft for another target is far below."""
 
 Layers = tuple[int, ...]
 
 
 @torch.inference_mode()
 def probe(target: str, draft: str) -> dict[Layers, float]:
-    """Share of first drafted tokens that are the target's own, by the layers that were read; the resolved ones first.
+    """Share of first drafted tokens that equal the target's, by the layers that were read; the resolved ones first.
 
     Raises:
         CheckpointError: the draft is wrong or made for another target.
@@ -60,7 +60,7 @@ def probe(target: str, draft: str) -> dict[Layers, float]:
 
 
 def agreement(model: Any, draft: DraftModel, layers: Layers, text: list[int], prompt: int) -> tuple[int, int]:
-    """(drafted tokens that are those of `text`, tokens drafted), of the answer behind `prompt` tokens.
+    """(drafted tokens that equal those of `text`, drafted tokens), for the answer after `prompt` tokens.
 
     Row i of the draft reads the target's states at token i and the embedding of token i + 1, and drafts token i + 2.
     """
@@ -77,7 +77,7 @@ def agreement(model: Any, draft: DraftModel, layers: Layers, text: list[int], pr
 
 
 def verdict(found: dict[Layers, float]) -> tuple[bool, str]:
-    """Whether the draft fits, and that in words."""
+    """Whether the draft fits, and a sentence that says so."""
     (layers, share), *others = found.items()
     best, best_share = max(others, key=lambda other: other[1], default=(layers, share))
     if best_share > share + SIGNIFICANT:
