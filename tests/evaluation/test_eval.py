@@ -6,6 +6,7 @@ import os
 import subprocess
 import zipfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,8 @@ def test_settings_survive_json(data: Path) -> None:
             {"modes": ("reference-tree+graft",)},
             "--modes: reference-tree.graft needs reference-tree as well",
         ),
+        ({"modes": ("none", "tree+graft")}, "--modes: tree.graft needs tree beside it"),
+        ({"draft_sampling": "random"}, "--draft-sampling: expected auto or greedy, found random"),
         ({"batch_size": 0}, "--batch-size: expected at least 1, found 0"),
         ({"temperature": -1.0}, "--temperature"),
         ({"data": ("/no/such/file",)}, "--data: .* found none at /no/such/file"),
@@ -103,6 +106,18 @@ def test_settings_survive_json(data: Path) -> None:
 def test_bad_settings(data: Path, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EvalSettings(**{"target": "t", "draft": "d", "data": (str(data),)} | fields)
+
+
+def test_a_graft_has_places_of_its_own(data: Path) -> None:
+    settings = EvalSettings("t", "d", (str(data),), tree=TreeOptions(3, 4, 9), graft=GraftOptions(5, 3))
+    assert settings.shape("chain+graft") == settings.shape("chain") == TreeOptions(5, 1, 5)
+    assert [settings.places(mode) for mode in ("chain", "chain+graft", "tree", "reference-tree+graft")] == [
+        5,
+        10,
+        9,
+        14,
+    ]
+    assert replace(settings, tree=TreeOptions()).places("tree+graft") == 62  # no tree has more
 
 
 @pytest.mark.parametrize("shape", ["6,10", "a,b,c", "0,10,60", "6,10,63"])
@@ -126,9 +141,10 @@ def test_environments(monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ("EAGLE3_DISABLE", "EAGLE3_INTERPRET")
     seen = {
         mode: tuple(evaluate.environment(mode).get(flag) for flag in flags)
-        for mode in ("native", "chain", "tree")
+        for mode in ("none", "native", "chain", "tree", "chain+graft")
     }
-    assert seen == {"native": ("1", None), "chain": (None, None), "tree": (None, None)}
+    stock, ours = ("1", None), (None, None)
+    assert seen == {"none": stock, "native": stock, "chain": ours, "tree": ours, "chain+graft": ours}
     assert os.environ["EAGLE3_DISABLE"] == "1"
 
 

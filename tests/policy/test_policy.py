@@ -334,3 +334,21 @@ def test_shapes_must_hold_nothing_and_differ_in_nodes() -> None:
         Policy(SeenCost(TABLES["cpu"]), [NOTHING, Shape(3, 3), Shape(3, 2, 2)])
     with pytest.raises(ValueError, match="shapes must hold"):
         Policy(SeenCost(TABLES["cpu"]), [Shape(3, 3)])
+
+
+def test_requests_that_sample_have_rates_of_their_own():
+    """Greedy requests accept everything and sampled ones nothing: each kind is drafted for as it deserves."""
+    policy = informed_policy(TABLES["cpu"])
+    policy.sampling = {"sampled"}
+    for _ in range(60):
+        policy.observe_accepted({"greedy": (5, 5), "sampled": (5, 0)})
+    shape = Shape(5, 5)
+    greedy, sampled = policy.lengths(["greedy", "sampled"], shape)
+    assert greedy == 5 and sampled < 5
+    gains = []
+    for share in (0.0, 0.5, 1.0):
+        policy.expect(share)
+        gains.append(policy.gain(shape))
+    assert gains[0] > 5 and gains[2] < 1.2 and gains[1] == pytest.approx((gains[0] + gains[2]) / 2)
+    policy.forget("sampled")
+    assert not policy.sampling

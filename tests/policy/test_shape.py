@@ -1,5 +1,7 @@
 """The menu of shapes, and how the policy chooses among chains and trees (5 s)."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,16 @@ from vllm_eagle3.policy.policy import Policy
 from vllm_eagle3.policy.shape import NOTHING, Shape, chains, menu, shape_name
 
 LARGEST = Shape(60, 6, 10)
+
+
+def test_the_menu_with_grafts():
+    """Trees have room for a graft, and so has a short chain; chains themselves stay what they are."""
+    shapes = {s.nodes: s for s in menu(replace(LARGEST, graft=8))}
+    assert shapes[7] == Shape(7, 3, 1, graft=8) and shapes[7].family == 7 and shapes[7].reach == 7
+    assert shapes[5] == Shape(5, 5) and shapes[5].family == 0
+    assert shapes[16] == Shape(16, 5, 4, graft=8) and shapes[16].reach == 8
+    assert [s for s in shapes.values() if s.graft == 0] == list(chains(range(1, 7)))
+    assert 7 not in {s.nodes for s in menu(replace(Shape(6, 3, 3), graft=8))}  # no room
 
 
 def test_the_whole_menu():

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_eagle3.tree.graft import graft
+from vllm_eagle3.tree.graft import graft, worthwhile
 
 
 def literal(tree, continuation, places, chain):
@@ -91,3 +91,23 @@ def test_a_chain_stays_a_chain():
 def test_too_many_nodes():
     with pytest.raises(ValueError, match="1 to 64 nodes"):
         graft(torch.zeros(1, 64).long(), torch.zeros(1, 64).long(), torch.zeros(1, 8).long(), 62)
+
+
+@settings(max_examples=200, deadline=None)
+@given(nodes=st.integers(0, 8), length=st.integers(1, 6), places=st.integers(1, 12), data=st.data())
+def test_a_graft_takes_the_places_of_less_likely_nodes(nodes, length, places, data):
+    """Literally: places go one by one to the likelier of the next node and the next token of the graft."""
+    share = st.floats(0.01, 1.0)
+    falling = [
+        torch.tensor(data.draw(st.lists(share, min_size=n, max_size=n))).sort(descending=True).values
+        for n in (nodes, length)
+    ]
+    values, survival = falling[0].log().exp(), falling[1]
+    kept, grafted = 0, 0
+    while kept + grafted < places and grafted < length:
+        if kept < nodes and values[kept] > survival[grafted]:
+            kept += 1
+        else:
+            grafted += 1
+    found = int(worthwhile(survival[None], falling[0].log()[None], places))
+    assert found == min(grafted, places)

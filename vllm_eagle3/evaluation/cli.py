@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vllm_eagle3.config import GraftOptions, TreeOptions
+from vllm_eagle3.config import DRAFT_SAMPLING, GraftOptions, TreeOptions
 from vllm_eagle3.evaluation.settings import DTYPES, MODES, EvalSettings, load_tasks
 from vllm_eagle3.user_input import check_model, check_output_file, require_packages
 
@@ -93,6 +93,12 @@ def add_parser(subparsers: Any) -> None:
         parser.add_argument(
             f"--{name.replace('_', '-')}", type=kind, default=default, help=f"{text} (default: {default})"
         )
+    parser.add_argument(
+        "--draft-sampling",
+        choices=DRAFT_SAMPLING,
+        default=defaults["draft_sampling"].default,
+        help="the option of this name; reference decoders take the likeliest drafts (default: %(default)s)",
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="default: the target's own")
     parser.add_argument("--enforce-eager", action="store_true", help="no torch.compile")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write provenance and results")

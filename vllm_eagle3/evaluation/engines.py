@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any, Protocol
 
@@ -10,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from vllm_eagle3.evaluation.metrics import TaskRun, count_chain, covered_seconds
-from vllm_eagle3.evaluation.settings import GRAFT, EvalSettings
+from vllm_eagle3.evaluation.settings import GRAFT, EvalSettings, as_tree
 
 Answer = tuple[list[int], str]  # token ids and text
 
@@ -32,18 +33,16 @@ class VllmEngine:
         from vllm_eagle3.runner.engine_memory import memory_arguments
 
         # The number of drafts is fixed, so that tau can be compared.
-        options: dict[str, Any] = {"policy": "fixed"}
+        options: dict[str, Any] = {"policy": "fixed", "draft_sampling": settings.draft_sampling}
         extra: dict[str, Any] = {"additional_config": {"eagle3": options}}
-        drafts = 0
-        if mode != "none":
-            drafts = settings.tree.nodes if mode == "tree" else settings.num_speculative_tokens
+        drafts = 0 if mode == "none" else settings.places(mode)
+        if drafts:
             extra["speculative_config"] = {
                 "method": "eagle3", "model": settings.draft, "num_speculative_tokens": drafts
             }  # fmt: skip
-        if mode == "tree":
-            tree = settings.tree
-            options["tree"] = {"depth": tree.depth, "topk": tree.topk, "nodes": tree.nodes}
-            options["graft"] = False
+        if as_tree(mode):
+            options["tree"] = asdict(settings.shape(mode))
+            options["graft"] = asdict(settings.graft) if mode.endswith(GRAFT) else False
         extra |= memory_arguments(
             settings.target,
             settings.draft if drafts else None,
@@ -94,7 +93,7 @@ class VllmEngine:
         (steps_now, drafted_now, accepted_now), positions_now = self.counters()
         new = [now - before for before, now in zip(positions, positions_now, strict=True)]
         run.count(
-            steps_now - steps, accepted_now - accepted, [] if self.mode == "tree" else new,
+            steps_now - steps, accepted_now - accepted, [] if as_tree(self.mode) else new,
             drafted_now - drafted,
         )  # fmt: skip
         run.decode_tokens += sum(len(output.outputs[0].token_ids) - 1 for output in outputs)
@@ -132,7 +131,8 @@ class ReferenceEngine:
             else eagle2_tree(tree.depth, tree.topk, tree.nodes)
         )
         if mode.endswith(GRAFT):
-            self.propose = grafted(self.propose, settings.graft.length, settings.graft.min_match)
+            graft, places = settings.graft, settings.places(mode)
+            self.propose = grafted(self.propose, graft.length, graft.min_match, places=places)
         self.settings = settings
         self.generator = torch.Generator(device).manual_seed(0)
         ends = self.model.generation_config.eos_token_id

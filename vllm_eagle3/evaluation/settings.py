@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from vllm_eagle3.config import GraftOptions, TreeOptions
+from vllm_eagle3.config import DRAFT_SAMPLING, GraftOptions, TreeOptions
 from vllm_eagle3.prompts import Prompt, load_prompts
 
 MODES = {
@@ -16,12 +16,21 @@ MODES = {
     "native": "vLLM's own eagle3",
     "chain": "this project's chain in vLLM",
     "tree": "this project's tree in vLLM",
+    "chain+graft": "this project's chain in vLLM, with a graft (tokens copied from earlier in the text)",
+    "tree+graft": "this project's tree in vLLM, with a graft",
     "reference-chain": "the chain in plain transformers",
     "reference-tree": "EAGLE-2's tree in plain transformers",
-    "reference-chain+graft": "the chain in plain transformers, with a graft (tokens copied from earlier in the text)",
+    "reference-chain+graft": "the chain in plain transformers, with a graft",
     "reference-tree+graft": "the tree in plain transformers, with a graft",
 }
+MOST_NODES = 62  # of a tree, the root excluded
 GRAFT = "+graft"  # suffix of modes with grafts
+
+
+def as_tree(mode: str) -> bool:
+    """Whether vLLM drafts trees in this mode: a chain with a graft is one."""
+    return mode == "tree" or mode.endswith(GRAFT)
+
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DTYPES = get_args(Dtype)
@@ -39,6 +48,7 @@ class EvalSettings:
     tree: TreeOptions = TreeOptions()
     graft: GraftOptions = GraftOptions()
     temperature: float = 0.0
+    draft_sampling: str = "auto"
     batch_size: int = 1
     max_tokens: int = 256
     limit: int | None = None
@@ -59,9 +69,25 @@ class EvalSettings:
                 raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, found {value}")
         if self.temperature < 0:
             raise ValueError(f"--temperature: expected at least 0, found {self.temperature}")
+        if self.draft_sampling not in DRAFT_SAMPLING:
+            raise ValueError(
+                f"--draft-sampling: expected {' or '.join(DRAFT_SAMPLING)}, found {self.draft_sampling}"
+            )
         for path in self.data:
             if not Path(path).is_file():
                 raise ValueError(f"--data: expected a file of prompts, found none at {path}")
+
+    def shape(self, mode: str) -> TreeOptions:
+        """The draft of a mode as a tree, without its graft: a chain expands one node a level."""
+        if mode.removesuffix(GRAFT).endswith("tree"):
+            return self.tree
+        length = self.num_speculative_tokens
+        return TreeOptions(depth=length, topk=1, nodes=length)
+
+    def places(self, mode: str) -> int:
+        """Most nodes that a mode drafts: a graft has places of its own, as far as a tree can have so many."""
+        nodes = self.shape(mode).nodes
+        return min(nodes + self.graft.length, MOST_NODES) if mode.endswith(GRAFT) else nodes
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from vllm_eagle3.policy.shape import Shape
+
 
 def expected_tokens(rates: Sequence[float], depth: int) -> float:
     """Tokens a request gains in a step that verifies `depth` drafts (tau).
@@ -98,7 +100,32 @@ class Families(dict[int, Acceptance]):
         return out
 
 
-def shift_odds(rates: np.ndarray, own: np.ndarray, mean: float) -> np.ndarray:
+class Kinds(dict[bool, Families]):
+    """Acceptance of requests that do not sample (False) and of those that do, whose drafts are accepted less often."""
+
+    SAMPLED_PRIOR = 0.7  # guess: share of the acceptance that is left where requests sample
+
+    def __init__(self, families: Iterable[int], max_depth: int, prior: float) -> None:
+        """As Families; prior: of requests that do not sample."""
+        families = list(families)
+        super().__init__({samples: Families(families, max_depth, prior * (self.SAMPLED_PRIOR if samples else 1.0))
+                          for samples in (False, True)})  # fmt: skip
+
+    def expected_tokens(self, shapes: Iterable[Shape], sampling_share: float) -> dict[int, float]:
+        """Tokens a request gains in a step with each shape, by its nodes, where such a share of the batch samples."""
+        shares = {False: 1.0 - sampling_share, True: sampling_share}
+        rates = {samples: families.rates() for samples, families in self.items() if shares[samples]}
+
+        def expected(shape: Shape) -> float:
+            return sum(
+                shares[kind] * expected_tokens(of.get(shape.family, ()), shape.reach)
+                for kind, of in rates.items()
+            )
+
+        return {shape.nodes: expected(shape) for shape in shapes}
+
+
+def shift_odds(rates: np.ndarray, own: np.ndarray, mean: np.ndarray | float) -> np.ndarray:
     """The batch's per-depth `rates`, with their odds multiplied by a request's odds over the mean odds."""
     eps = 1e-3
     p, q, m = (np.clip(x, eps, 1 - eps) for x in (rates, own, mean))

@@ -11,7 +11,7 @@ from operator import mul
 
 import numpy as np
 
-from vllm_eagle3.policy.acceptance import Acceptance, Families, allocate, expected_tokens, shift_odds
+from vllm_eagle3.policy.acceptance import Acceptance, Kinds, allocate, shift_odds
 from vllm_eagle3.policy.cost import SeenCost, bucket
 from vllm_eagle3.policy.shape import NOTHING, Shape
 
@@ -54,13 +54,15 @@ class Policy:
         self.by_nodes = {s.nodes: s for s in self.shapes}
         self.cost = cost
         self.hysteresis, self.probe_share = hysteresis, probe_share
-        depth = max(s.depth for s in self.shapes)
-        self.acceptance = Families([s.family for s in self.shapes if s != NOTHING] or [0], depth, prior)
+        depth = max(s.reach for s in self.shapes)
+        self.kinds = Kinds([s.family for s in self.shapes if s != NOTHING] or [0], depth, prior)
+        self.acceptance = self.kinds[False]
+        self.sampling: set[str] = set()  # requests that sample, told by the scheduler
+        self.sampling_share = 0.0  # of the batch
         self.continuation = Acceptance(max(depth - 1, 0), prior=1.0)
         """Whether chains continue after each draft: the draft stops a chain early that it finds improbable."""
-        self.requests: dict[
-            str, tuple[float, float]
-        ] = {}  # drafts tried, drafts accepted; older ones count less
+        self.requests: dict[str, tuple[float, float]] = {}  # drafts tried and accepted; older ones count less
+        self._verified: dict[int, float] = {}  # nodes of a tree that are used, by nodes
         self._gains: dict[int, float] = {}  # by nodes, until the next observation
         self._shares: list[float] = []  # of _continuation_shares, until the next observation
         self.current: Shape | None = None
@@ -75,10 +77,9 @@ class Policy:
     # -- Expected tokens and seconds
 
     def gain(self, shape: Shape) -> float:
-        """Expected tokens of a request in a step with this shape."""
+        """Expected tokens of a request in a step with this shape, over the batch of the last choice."""
         if not self._gains:
-            rates = self.acceptance.rates()
-            self._gains = {s.nodes: expected_tokens(rates.get(s.family, ()), s.depth) for s in self.shapes}
+            self._gains = self.kinds.expected_tokens(self.shapes, self.sampling_share)
         return self._gains[shape.nodes]
 
     def expected_drafts(self, shape: Shape, batch: int) -> tuple[float, float]:
@@ -86,8 +87,8 @@ class Policy:
 
         Both are rounded, to limit the lookups of cost.
         """
-        if shape.width > 1 or shape.depth < 2:
-            return shape.nodes, shape.depth
+        if shape.family or shape.depth < 2:
+            return self._verified.get(shape.nodes, shape.nodes), shape.depth
         shares = self._continuation_shares()[: shape.depth - 1]
         steps = sum(1.0 - (1.0 - share) ** batch for share in shares)
         rows = 8 * batch
@@ -129,13 +130,18 @@ class Policy:
 
     def _at_least_smaller(self, seconds: np.ndarray) -> np.ndarray:
         """seconds [shapes or fewer], with each raised to the largest of the smaller shapes of its kind and of none."""
-        width = np.array([s.width for s in self.shapes[: len(seconds)]])
+        chain = np.array([s.family == 0 for s in self.shapes[: len(seconds)]])
         raised = np.maximum(seconds, seconds[0])
-        for kind in (width == 1, width > 1):
+        for kind in (chain, ~chain):
             raised[kind] = np.maximum.accumulate(raised[kind])
         return raised
 
     # -- The choice
+
+    def expect(self, sampling_share: float) -> None:
+        """Tell, before `choose`, what share of the batch samples."""
+        if sampling_share != self.sampling_share:
+            self.sampling_share, self._gains = sampling_share, {}
 
     def choose(self, batch: int, context: float = 0.0) -> Shape:
         """The shape to draft in this step, for `batch` >= 1 requests `context` tokens long on average."""
@@ -222,22 +228,22 @@ class Policy:
     def observe_accepted(self, results: Mapping[str, tuple[int, int]]) -> None:
         """One step's verification: request id -> (nodes verified, drafts accepted). 0 nodes are ignored."""
         self._gains = {}
-        families: dict[int, list[tuple[int, int]]] = {}
+        seen: dict[tuple[bool, int], list[tuple[int, int]]] = {}
         for request, (nodes, accepted) in results.items():
             shape = self.by_nodes.get(nodes) or Shape(nodes, nodes)  # a cut chain
             if nodes and shape.family in self.acceptance:
-                families.setdefault(shape.family, []).append((shape.depth, accepted))
+                seen.setdefault((request in self.sampling, shape.family), []).append((shape.reach, accepted))
                 tried, good = self.requests.get(request, (0.0, 0.0))
-                reached = min(accepted + 1, shape.depth)
+                reached = min(accepted + 1, shape.reach)
                 keep = max(1.0 - reached / self.REQUEST_WINDOW, 0.0)
                 self.requests[request] = (tried * keep + reached, good * keep + accepted)
-        for family, pairs in families.items():
-            keep = self.PROBE_KEEP if self.current == NOTHING else 1.0
-            self.acceptance[family].observe([d for d, _ in pairs], [a for _, a in pairs], keep)
+        keep = self.PROBE_KEEP if self.current == NOTHING else 1.0
+        for (samples, family), pairs in seen.items():
+            self.kinds[samples][family].observe([d for d, _ in pairs], [a for _, a in pairs], keep)
 
     def observe_lengths(self, shape: Shape, lengths: Sequence[int]) -> None:
         """How many drafts each request of a batch of this shape got: fewer where chains stopped early."""
-        if shape.width == 1 and shape.depth > 1:
+        if shape.family == 0 and shape.depth > 1:
             self._shares = []
             self.continuation.observe([shape.depth - 1] * len(lengths), [max(n - 1, 0) for n in lengths])
 
@@ -248,12 +254,16 @@ class Policy:
 
         Where chains stopped early, it verified only `verified` drafts a request and took only `steps` draft steps.
         """
+        if shape.family:  # rounded, to limit the lookups of cost
+            mean = self._verified.get(shape.nodes, verified)
+            self._verified[shape.nodes] = round(8 * (mean + 0.2 * (verified - mean))) / 8
         base = self._base(shape, batch, context, verified, steps)
         self.cost.observe(batch, shape.nodes, base, seconds)
 
     def forget(self, request: str) -> None:
         """Drop a finished request."""
         self.requests.pop(request, None)
+        self.sampling.discard(request)
 
     # -- The batch's budget
 
@@ -272,13 +282,14 @@ class Policy:
         if self.probing:
             first, few = self._turn, self._probers(len(requests))
             return [n * ((i - first) % len(requests) < few) for i, n in enumerate(drafted)]
-        if shape.width > 1 or shape == NOTHING or len(requests) <= 1:
+        if shape.family or shape == NOTHING or len(requests) <= 1:
             return list(drafted)
-        rates = np.array(self.acceptance[0].rates()[: shape.depth])
-        mean = float(rates.mean())
+        kinds = {samples: self.kinds[samples][0].rates()[: shape.depth] for samples in self.kinds}
+        rates = np.array([kinds[request in self.sampling] for request in requests])
+        mean = rates.mean(axis=1)
         counts = np.array([self.requests.get(r, (0.0, 0.0)) for r in requests])
         own = (counts[:, 1] + self.REQUEST_PRIOR * mean) / (counts[:, 0] + self.REQUEST_PRIOR)
-        table = np.cumprod(shift_odds(rates[None, :], own[:, None], mean), axis=1)
+        table = np.cumprod(shift_odds(rates, own[:, None], mean[:, None]), axis=1)
         # So far these are probabilities that a draft is made and accepted. Divided by the probability that it is made,
         # they are probabilities of acceptance.
         shares = np.array([1.0, *self._continuation_shares()[: shape.depth - 1]])

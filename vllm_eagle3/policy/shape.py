@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What each request drafts: `nodes` drafts, at most `depth` deep, `width` nodes expanded a level (chain: 1)."""
+    """What each request drafts: `nodes` drafts, at most `depth` deep, `width` nodes expanded a level (chain: 1).
+
+    A graft of up to `graft` tokens may be among the nodes, and is no draft step.
+    """
 
     nodes: int
     depth: int
     width: int = 1
+    graft: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.depth <= self.nodes or self.width < 1:
@@ -21,7 +25,12 @@ class Shape:
     @property
     def family(self) -> int:
         """Shapes of a family share their acceptance: all chains do, each tree size has its own."""
-        return 0 if self.width == 1 else self.nodes
+        return 0 if self.width == 1 and not self.graft else self.nodes
+
+    @property
+    def reach(self) -> int:
+        """Most drafts that a verification can accept."""
+        return min(self.nodes, max(self.depth, self.graft))
 
 
 NOTHING = Shape(0, 0)
@@ -35,15 +44,20 @@ def shape_name(nodes: int, tree: bool) -> str:
 # Trees that the policy chooses from, beside the largest one that the options allow: nodes, depth, width. The fewer rows
 # a step may verify, the narrower the best tree is (docs/decisions.md).
 TREES = (Shape(8, 4, 3), Shape(12, 4, 3), Shape(16, 5, 4), Shape(24, 6, 4), Shape(32, 6, 6), Shape(60, 6, 10))
+CHAIN_AND_GRAFT = Shape(7, 3)
 
 
 def menu(largest: Shape) -> tuple[Shape, ...]:
     """All shapes inside a tree: nothing, chains up to its depth, trees of TREES that fit, and itself, ascending.
 
-    No two have equally many nodes, because vLLM tells a worker nothing but that number.
+    If the largest tree has grafts, all trees do, and a short chain with room for a graft is one of them. No two shapes
+    have equally many nodes, because vLLM tells a worker nothing but that number.
     """
+    grafted = [CHAIN_AND_GRAFT] if largest.graft and largest.depth < CHAIN_AND_GRAFT.nodes else []
     trees = [
-        t for t in TREES if t.nodes < largest.nodes and t.depth <= largest.depth and t.width <= largest.width
+        replace(t, graft=largest.graft)
+        for t in (*grafted, *TREES)
+        if t.nodes < largest.nodes and t.depth <= largest.depth and t.width <= largest.width
     ]
     by_nodes = {shape.nodes: shape for shape in (*chains(range(1, largest.depth + 1)), *trees, largest)}
     return tuple(by_nodes[nodes] for nodes in sorted(by_nodes))

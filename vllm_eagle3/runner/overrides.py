@@ -3,6 +3,7 @@
 `tests/runner/test_ledger.py` walks the package and fails on an override that is not listed here.
 """
 
+from vllm_eagle3.runner.draw_overrides import DRAW_SUBCLASSES, REJECTION_SAMPLER, SET_ATTN
 from vllm_eagle3.runner.serving_overrides import SERVING_SUBCLASSES, methods
 from vllm_eagle3.runner.upstream import Subclass, UpstreamSignature
 
@@ -63,6 +64,7 @@ _ATTENTION_FORWARD = (
 
 SUBCLASSES = (
     *SERVING_SUBCLASSES,
+    *DRAW_SUBCLASSES,
     Subclass(
         "vllm_eagle3.runner.hooks.input_processor:Eagle3InputProcessor",
         methods(
@@ -82,6 +84,7 @@ SUBCLASSES = (
             "Scheduler",
             __init__="self, vllm_config, kv_cache_config, structured_output_manager, block_size, hash_block_size, "
             "mm_registry, include_finished_set, log_stats",
+            add_request="self, request",
             update_from_output="self, scheduler_output, model_runner_output",
             shutdown="self",
         ),
@@ -146,6 +149,7 @@ SUBCLASSES = (
         (
             *methods(_AUTOREGRESSIVE, "TargetDependentARSpeculator", __init__="self, vllm_config, device"),
             *methods(_AUTOREGRESSIVE, "TargetDependentARSpeculator", load_model="self, target_model"),
+            SET_ATTN,
             *_SPECULATOR_PROPOSE,
         ),
         reason="on a CPU one step over the drafting rows is faster than vLLM's padded and compiled forward pass",
@@ -173,12 +177,7 @@ SUBCLASSES = (
                 init_cudagraph_manager="self, cudagraph_mode",
                 capture="self",
             ),
-            *methods(
-                _SPECULATOR,
-                "DraftModelSpeculator",
-                set_attn="self, model_state, kv_cache_config, block_tables, target_input_buffers, "
-                "target_attn_groups",
-            ),
+            SET_ATTN,
             *_SPECULATOR_PROPOSE,
             _SAMPLE_DRAFT,
         ),
@@ -215,13 +214,7 @@ SUBCLASSES = (
     ),
     Subclass(
         "vllm_eagle3.runner.v2.tree_rejection_sampler:TreeRejectionSampler",
-        methods(
-            "vllm.v1.worker.gpu.spec_decode.rejection_sampler",
-            "RejectionSampler",
-            __init__="self, sampler, spec_config, device, watermark_key",
-            _verify="self, logits, draft_logits, draft_sampled, pos, cu_num_logits, idx_mapping, idx_mapping_np, "
-            "expanded_idx_mapping, expanded_local_pos, seq_lens_upper_bound_np, verify_draft_sampled",
-        ),
+        REJECTION_SAMPLER,
         reason="upstream verifies chains",
         remove_when=_NO_TREES,
     ),

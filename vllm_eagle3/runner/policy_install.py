@@ -7,7 +7,7 @@ import math
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from vllm_eagle3.config import Eagle3Options, TreeOptions
+from vllm_eagle3.config import Eagle3Options
 from vllm_eagle3.policy.shape import Shape, menu
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def _sizes(most: int, options: Eagle3Options, every: bool) -> list[int]:
         length = most + 1 if most % 2 else 2 * (most + 1)
         return [k for k in range(most + 1) if every or length % (k + 1) == 0]
     if every:
-        return [shape.nodes for shape in menu(largest_tree(most, options.tree))]
+        return [shape.nodes for shape in menu(largest_tree(most, options))]
     if most < 3:
         return list(range(most + 1))
     quarter = (most + 1) // 4
@@ -141,13 +141,15 @@ def _multiples(lengths: list[int], above: int, most: int) -> list[int]:
     return sorted({*found, *(powers if 1 in lengths else [])})
 
 
-def largest_tree(most: int, tree: TreeOptions) -> Shape:
+def largest_tree(most: int, options: Eagle3Options) -> Shape:
     """The tree of the options, cut to `most` nodes."""
-    nodes = min(most, tree.nodes)
-    return Shape(nodes, min(tree.depth, nodes), tree.topk)
+    assert options.tree is not None
+    nodes = min(most, options.tree.nodes)
+    graft = options.grafts.length if options.grafts and options.tree.topk > 1 else 0
+    return Shape(nodes, min(options.tree.depth, nodes), options.tree.topk, graft)
 
 
-def tree_shapes(vllm_config: VllmConfig, tree: TreeOptions) -> dict[int, Shape]:
+def tree_shapes(vllm_config: VllmConfig, options: Eagle3Options) -> dict[int, Shape]:
     """Shapes by their number of nodes, where they differ in more than that from the tree of the options.
 
     The scheduler tells the workers of nothing but that number, so both look it up here. On a GPU there are none: one
@@ -156,7 +158,7 @@ def tree_shapes(vllm_config: VllmConfig, tree: TreeOptions) -> dict[int, Shape]:
     if vllm_config.device_config.device_type != "cpu":
         return {}
     assert vllm_config.speculative_config is not None
-    largest = largest_tree(vllm_config.speculative_config.num_speculative_tokens, tree)
+    largest = largest_tree(vllm_config.speculative_config.num_speculative_tokens, options)
     return {shape.nodes: shape for shape in menu(largest)}
 
 

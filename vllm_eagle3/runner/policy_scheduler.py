@@ -52,8 +52,8 @@ def build_policy(vllm_config: VllmConfig) -> tuple[Policy, CostFile]:
     sizes = sorted({0, *(size for _, _, size in spec.num_speculative_tokens_per_batch_size)})
     shapes: Sequence[Shape] = chains(sizes)
     if options.tree is not None:
-        known = {0: NOTHING, **tree_shapes(vllm_config, options.tree)}
-        shapes = [known.get(n) or largest_tree(n, options.tree) for n in sizes]
+        known = {0: NOTHING, **tree_shapes(vllm_config, options)}
+        shapes = [known.get(n) or largest_tree(n, options) for n in sizes]
     file = CostFile(cost_key(vllm_config))
     return Policy(file.load(), shapes), file
 
@@ -110,6 +110,13 @@ class PolicyMixin(DraftScheduler):
         self._ragged = not self.vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
         self.dynamic_sd_lookup = _Lookup(self)  # type: ignore[assignment]
 
+    def add_request(self, request: Any) -> None:
+        """Tell the policy whether the request samples."""
+        params = request.sampling_params
+        if params is not None and params.temperature > 0:
+            self.draft_policy.sampling.add(request.request_id)
+        super().add_request(request)
+
     def choose(self, batch: int) -> int:
         """Drafts a request in the step that is being scheduled. `schedule` calls this in place of vLLM's table."""
         most = self.largest_limit()
@@ -119,6 +126,8 @@ class PolicyMixin(DraftScheduler):
             self._shape = NOTHING
             return 0
         self.draft_policy.doubtful = self.draft_is_useless
+        sampling = sum(request.request_id in self.draft_policy.sampling for request in self.running)
+        self.draft_policy.expect(sampling / max(len(self.running), 1))
         self._shape = self.draft_policy.choose(batch, self._context())
         if most is not None and most < self._shape.nodes:
             self._shape = next(shape for shape in reversed(self.draft_policy.shapes) if shape.nodes <= most)
@@ -152,7 +161,7 @@ class PolicyMixin(DraftScheduler):
                 if length < n:
                     cut[request] = min(length, cut.get(request, length))
         self._cut_trees.difference_update(requests)
-        if self._shape.width > 1:
+        if self._shape.family:
             self._cut_trees.update(cut)
         return cut
 

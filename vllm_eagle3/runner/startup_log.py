@@ -9,8 +9,11 @@ from vllm_eagle3.config import TreeOptions
 logger = logging.getLogger("vllm.eagle3")
 
 
-def report(config: DraftConfig, runner: str, vllm_config: Any, form: str) -> None:
-    """Log proposer, runner, layers, vocabulary and kernels (`form`) at info level."""
+def report(config: DraftConfig, runner: str, vllm_config: Any, form: str, own_draws: bool = False) -> None:
+    """Log proposer, runner, layers, vocabulary and kernels (`form`) at info level.
+
+    own_draws: drafts are drawn by this project, which logs what that takes.
+    """
     speculative = vllm_config.speculative_config
     logger.info(
         "vllm-eagle3: drafting for %s on the %s runner (%s): %s, aux layers %s, draft vocabulary %d of %d, "
@@ -25,7 +28,7 @@ def report(config: DraftConfig, runner: str, vllm_config: Any, form: str) -> Non
         "up to " if speculative.uses_dynamic_speculative_decoding() else "",
         speculative.num_speculative_tokens,
     )
-    if speculative.draft_sample_method == "probabilistic" and runner == "V2":
+    if speculative.draft_sample_method == "probabilistic" and runner == "V2" and not own_draws:
         requests, drafts = vllm_config.scheduler_config.max_num_seqs, speculative.num_speculative_tokens
         size = requests * drafts * config.vocab_size * vllm_config.model_config.head_dtype.itemsize
         logger.info(

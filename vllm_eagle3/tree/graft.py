@@ -25,6 +25,23 @@ class Grafted(NamedTuple):
     number: Tensor  # int64 [batch, nodes + 1], of each node of the grown tree: its number now, `places` + 1 if left out
 
 
+def worthwhile(survival: Tensor, values: Tensor, places: int) -> Tensor:
+    """How many tokens of each continuation are at least as likely as the nodes whose places they take, int64 [batch].
+
+    The first token takes the last of the `places`, the second the last but one, and so on.
+
+    Args:
+        survival: float [batch, length], probability that a continuation is accepted up to and with each token.
+        values: float [batch, nodes], what the tree's nodes were kept by, best first: log-probabilities of their paths
+            or, of drawn nodes, of their places. Those do not depend on the tokens drawn there, so the choice loses
+            nothing.
+        places: nodes of a merged tree.
+    """
+    taken = pad(values.exp(), (0, max(places - values.shape[1], 0)))[:, :places].flip(1)
+    length = min(survival.shape[1], places)
+    return (survival[:, :length] >= taken[:, :length]).sum(dim=1)
+
+
 def graft(
     tokens: Tensor, parents: Tensor, continuation: Tensor, places: int, chain: Tensor | None = None
 ) -> Grafted:

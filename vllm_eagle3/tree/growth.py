@@ -28,9 +28,11 @@ class Tree(NamedTuple):
     tokens: torch.Tensor  # [batch, nodes] int64, ids of the target vocabulary
     parents: torch.Tensor  # [batch, nodes] int64, node numbers
     scores: torch.Tensor  # [batch, nodes] float32, log-probability of the path in the draft
-    expanded: (
+    values: (
         torch.Tensor
-    )  # [batch, nodes + 1] int64, root first: number of each node's expansion, -1 for none
+    )  # [batch, nodes] float32, what nodes are kept by, falling: scores or, of drawn ones, places
+    expanded: torch.Tensor
+    """[batch, nodes + 1] int64, root first: number of each node's expansion, -1 for none"""
 
 
 class Frontier(NamedTuple):
@@ -110,6 +112,7 @@ class Expansion:
             torch.nn.functional.pad(tokens.masked_fill(dead, 0), pad),
             torch.nn.functional.pad(parents.masked_fill(dead, UNUSED), pad, value=UNUSED),
             torch.nn.functional.pad(scores, pad, value=float("-inf")),
+            torch.nn.functional.pad(places, pad, value=float("-inf")),
             torch.nn.functional.pad(
                 torch.nn.functional.pad(expanded.masked_fill(dead, -1), (1, 0), value=0), pad, value=-1
             ),

@@ -98,15 +98,23 @@ def test_the_graft_is_the_references(engine, models, prompts, monkeypatch):
     seen = []
     original = tree_speculator.Grafts.merge
 
-    def merge(self, requests, tokens, parents, places, chain, longest):
-        merged = original(self, requests, tokens, parents, places, chain, longest)
-        for row, request in enumerate(requests.tolist()):
+    def merge(self, *args):
+        merged = original(self, *args)
+        for row, request in enumerate(batch):
             end = int(self.req_states.total_len.gpu[request])
             if end > int(self.req_states.prefill_len.np[request]):
                 text = self.req_states.all_token_ids.gpu[request, :end].tolist()
-                seen.append((text, merged[0][row].tolist(), merged[1][row].tolist()))
+                length = int(merged.added[row])
+                seen.append((text, length, merged.tokens[row].tolist(), merged.parents[row].tolist()))
         return merged
 
+    look, batch = tree_speculator.Grafts.look_up, []
+
+    def look_up_of(self, input_batch, *args):
+        batch[:] = input_batch.idx_mapping.tolist()
+        return look(self, input_batch, *args)
+
+    monkeypatch.setattr(tree_speculator.Grafts, "look_up", look_up_of)
     monkeypatch.setattr(tree_speculator.Grafts, "merge", merge)
     assert tree_rejection_sampler.accept is accept
     llm = engine(
@@ -116,14 +124,41 @@ def test_the_graft_is_the_references(engine, models, prompts, monkeypatch):
     )
     texts = [p + t for p, t in zip(prompts, token_ids(llm, prompts, params(len(prompts))), strict=True)]
     grafts = 0
-    for text, tokens, parents in seen:
+    for text, length, tokens, parents in seen:
         assert any(
             whole[: len(text)] == text[: len(whole)] for whole in texts
         )  # the last step goes beyond the end
         graft = look_up(text, 6, 1, 8)
-        grafts += bool(graft)
-        assert tokens[: len(graft)] == graft and parents[: len(graft)] == list(range(len(graft)))
+        assert length <= len(graft)  # its later tokens may not be worth their places
+        grafts += length > 0
+        assert tokens[:length] == graft[:length] and parents[:length] == list(range(length))
     assert grafts > 20
+
+
+def test_look_up_only(engine, closed_form_target, closed_form_draft, monkeypatch):
+    """Policy auto: once grafts were accepted in full, no tree grows where all requests have one."""
+    from vllm_eagle3.runner.v2.cpu_tree_speculator import CPUTreeSpeculator
+
+    grown = []
+    grow = CPUTreeSpeculator._grow
+    monkeypatch.setattr(
+        CPUTreeSpeculator, "_grow", lambda self, *a, **kw: [grown.append(1), grow(self, *a, **kw)]
+    )
+    shape = options(3, 3, 9)
+    shape["eagle3"]["policy"] = "auto"
+    llm = engine(
+        closed_form_target, speculative_config=speculative(closed_form_draft, 9), additional_config=shape
+    )
+    repeated = [[last, *greedy_text(last, 150), 2, last, *greedy_text(last, 2)] for last in (11, 300)]
+    texts = token_ids(llm, repeated, params(2, max_tokens=90))
+    assert texts == [greedy_text(last, 92)[2:] for last in (11, 300)]
+    at_first = len(grown)
+    texts = token_ids(llm, repeated, params(2, max_tokens=90))
+    assert texts == [greedy_text(last, 92)[2:] for last in (11, 300)]
+    assert at_first > 0 and len(grown) - at_first <= 2  # the match is short where the answer begins
+    texts = token_ids(llm, [[11], [300]], params(2, max_tokens=90))  # nothing to look up
+    assert texts == [greedy_text(last, 90) for last in (11, 300)]
+    assert len(grown) > at_first
 
 
 def test_requests_that_need_a_chain_keep_one(engine, models, prompts, plain):
@@ -142,6 +177,7 @@ def test_on_the_device_nothing_waits_for_the_host(monkeypatch):
 
     from vllm_eagle3.config import GraftOptions
     from vllm_eagle3.runner.v2.grafts import Grafts
+    from vllm_eagle3.runner.v2.tree_state import TreeState
     from vllm_eagle3.tree import graft as graft_module
 
     def walk(parents, tokens, sampled):
@@ -155,9 +191,14 @@ def test_on_the_device_nothing_waits_for_the_host(monkeypatch):
         all_token_ids=Buffer(gpu=torch.zeros(4, 100, device="meta", dtype=torch.int32)),
         total_len=Buffer(gpu=torch.zeros(4, device="meta", dtype=torch.int32)),
     )
-    trees = torch.zeros(3, 10, **meta)
-    chain = torch.zeros(3, dtype=torch.bool, device="meta")
-    tokens, parents, *_ = Grafts(GraftOptions(), states).merge(
-        torch.zeros(3, **meta), trees, trees, 10, chain, 50
+    batch = Buffer(
+        num_reqs=3,
+        idx_mapping=torch.zeros(3, **meta),
+        cu_num_logits=torch.zeros(4, **meta),
+        seq_lens_cpu_upper_bound=torch.tensor([49, 3, 4]),
     )
-    assert tokens.shape == parents.shape == (3, 10)
+    grafts, tree_state = Grafts(GraftOptions(), states), TreeState(4, 10, 64, "meta")
+    found = grafts.look_up(batch, tree_state, torch.zeros(3, **meta))
+    trees, values = torch.zeros(3, 10, **meta), torch.zeros(3, 10, device="meta")
+    merged = grafts.merge(found, trees, trees, values, 10, torch.zeros(3, dtype=torch.bool, device="meta"))
+    assert merged.tokens.shape == merged.parents.shape == (3, 10)

@@ -1,4 +1,4 @@
-"""Trees drawn for requests that sample, on a CPU: the text's distribution, and who keeps the likeliest nodes (60 s)."""
+"""Trees and chains drawn where requests sample, on a CPU: the distribution of texts, and seeds (90 s)."""
 
 import math
 import random
@@ -24,9 +24,19 @@ def options(depth, topk, nodes, **others):
     }
 
 
-@pytest.mark.parametrize("graft", [False, {"length": 3, "min_match": 1}])
+CHAIN = {"draft_sampling": "auto"}
+DRAFTS = {
+    "tree": options(2, 3, 6),
+    "tree with grafts": options(2, 3, 6, graft={"length": 3, "min_match": 1}),
+    "tree, auto": options(2, 3, 6, policy="auto", graft={"length": 3, "min_match": 1}),
+    "chain": {"eagle3": CHAIN},
+    "chain, auto": {"eagle3": CHAIN | {"policy": "auto"}},
+}
+
+
+@pytest.mark.parametrize("form", DRAFTS)
 @pytest.mark.parametrize("chance", [0.0, 0.7])
-def test_text_follows_the_target(engine, tmp_path, graft, chance):
+def test_text_follows_the_target(engine, tmp_path, form, chance):
     """Half of the requests are greedy or seeded, in the same batches."""
     target, draft = (
         write_target(tmp_path / "target", SCALE),
@@ -34,8 +44,8 @@ def test_text_follows_the_target(engine, tmp_path, graft, chance):
     )
     llm = engine(
         target,
-        speculative_config=speculative(draft, 6),
-        additional_config=options(2, 3, 6, graft=graft),
+        speculative_config=speculative(draft, 6 if form.startswith("tree") else 3),
+        additional_config=DRAFTS[form],
         max_num_seqs=64,
     )
     plain = {"max_tokens": 12, "ignore_eos": True, "detokenize": False}

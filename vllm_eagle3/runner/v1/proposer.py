@@ -216,7 +216,11 @@ class Eagle3Proposer(EagleProposer):
             return ids
 
         first, most = (hidden_states, g), self.num_speculative_tokens
-        chain = draft_chain(self.model, first, most, next_step, sample, may_stop)
+
+        def confident(index: int, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.model.get_confident_tokens(states)
+
+        chain = draft_chain(first, most, next_step, sample, confident if may_stop else None)
         if probs:
             self._last_draft_probs = torch.stack(probs, dim=1).contiguous()
         drafts = torch.stack(chain.ids, dim=1)

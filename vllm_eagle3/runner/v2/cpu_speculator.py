@@ -1,6 +1,8 @@
 """Chains on vLLM's V2 model runner on a CPU, where nothing is captured in graphs."""
 
+import copy
 import gc
+import logging
 from typing import Any
 
 import torch
@@ -9,13 +11,17 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.forward_context import set_forward_context
 from vllm.triton_utils import HAS_TRITON
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
+from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator import prepare_prefill_inputs
 from vllm.v1.worker.gpu.spec_decode.utils import DraftTokensHandler
 
-from vllm_eagle3.runner.chain import draft_chain
+from vllm_eagle3.runner.chain import Confident, draft_chain
 from vllm_eagle3.runner.policy_install import in_charge
+from vllm_eagle3.runner.v2.chain_draws import ChainDraws, ChainModelState
 from vllm_eagle3.runner.v2.speculator import Eagle3Speculator
 
+logger = logging.getLogger("vllm.eagle3")
 NOT_DRAFTED = -1
 
 
@@ -32,6 +38,23 @@ def serves(vllm_config: VllmConfig, device: torch.device) -> bool:
     )
 
 
+def draws_chains(vllm_config: VllmConfig) -> bool:
+    """Whether chains on a CPU are drawn by this project, which keeps distributions over the draft's vocabulary."""
+    speculative = vllm_config.speculative_config
+    assert speculative is not None
+    drawn = speculative.draft_sample_method == "probabilistic"
+    return drawn and speculative.rejection_sample_method == "standard"
+
+
+def without_draws(vllm_config: VllmConfig) -> VllmConfig:
+    """The config with drafts that vLLM does not draw."""
+    config, speculative = copy.copy(vllm_config), copy.copy(vllm_config.speculative_config)
+    assert speculative is not None
+    speculative.draft_sample_method = "greedy"
+    config.speculative_config = speculative
+    return config
+
+
 class CPUSpeculator(Eagle3Speculator):
     """Eagle3Speculator whose steps run over the rows that draft, without vLLM's padded and compiled forward pass.
 
@@ -40,7 +63,16 @@ class CPUSpeculator(Eagle3Speculator):
     """
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
-        super().__init__(vllm_config, device)
+        self.draws_chains = draws_chains(vllm_config)
+        if self.draws_chains:  # so vLLM keeps no distributions over the target's vocabulary
+            super().__init__(without_draws(vllm_config), device)
+            self.vllm_config = vllm_config
+        else:
+            super().__init__(vllm_config, device)
+        self.chain_draws: ChainDraws | None = None
+        self.chain_probabilities: list[
+            torch.Tensor
+        ] = []  # of the last step's chains, as draft_chain tells them
         self.may_stop = (
             in_charge(vllm_config)
             and not vllm_config.scheduler_config.async_scheduling  # which has promised the drafts already
@@ -48,9 +80,26 @@ class CPUSpeculator(Eagle3Speculator):
         )
 
     def load_model(self, target_model: torch.nn.Module) -> None:
+        draws = self.draws_chains
+        if draws and resolve_model_state_cls(self.vllm_config, target_model) is not DefaultModelState:
+            logger.warning(
+                "vllm-eagle3: no drafts are drawn, because the target has a model state of its own"
+            )
+            draws = False
+        if draws:
+            # vLLM asks the target for this hook. It is set on the instance.
+            target_model.get_model_state_cls = lambda: ChainModelState  # type: ignore[assignment]
         super().load_model(target_model)
+        if draws:
+            dtype = self.hidden_states.dtype
+            self.chain_draws = ChainDraws(self.model, self.max_num_reqs, self.num_speculative_steps, dtype)
         (self.draft_layer,) = self.draft_attn_layer_names
         gc.collect()  # packed weights that loading replaced: freed while torch.compile traces, they print an error
+
+    def set_attn(self, model_state: Any, *args: Any, **kwargs: Any) -> None:
+        super().set_attn(model_state, *args, **kwargs)
+        if self.chain_draws is not None:
+            model_state.draws = self.chain_draws
 
     @torch.inference_mode()
     def propose(
@@ -100,14 +149,15 @@ class CPUSpeculator(Eagle3Speculator):
         self.draft_max_seq_len = min(int(longest.max()) + most, self.max_model_len)
         first = self.first_step(*inputs, self._metadata(batch, longest, 0), rows=rows)
         buffers.positions[:batch] = first_positions
+        confident = self._confident(input_batch.idx_mapping)
         chain = draft_chain(
-            self.model,
             first,
             most,
             lambda index, ids, state: self._next_step(batch, longest, index, ids, state),
             lambda index, states: self._sample(batch, first_positions, index, states, greedy),
-            may_stop,
+            confident if may_stop else None,
         )
+        self.chain_probabilities = chain.probabilities
         made = torch.stack(chain.ids, dim=1)
         drafts[:, : made.shape[1]] = made
         if may_stop:
@@ -136,12 +186,21 @@ class CPUSpeculator(Eagle3Speculator):
             self._metadata(batch, longest, index),
         )
 
+    def _confident(self, requests: torch.Tensor) -> Confident:
+        """What gives drafts with their probabilities, drawn if some of these requests draws."""
+        draws = self.chain_draws
+        if draws is None or not draws.active(requests):
+            return lambda index, states: self.model.get_confident_tokens(states)
+        return lambda index, states: draws.draw(states, requests, self.temperature, index)
+
     def _sample(
         self, batch: int, first_positions: torch.Tensor, index: int, hidden_states: torch.Tensor, greedy: bool
     ) -> torch.Tensor:
-        if (
-            greedy and self.draft_logits is not None
-        ):  # no request samples, and nothing reads the draft's distribution
+        requests = self.idx_mapping[:batch]
+        if self.chain_draws is not None and self.chain_draws.active(requests):
+            return self.chain_draws.draw(hidden_states, requests, self.temperature, index)[0]
+        # Where no request samples, nothing reads the draft's distribution.
+        if greedy and self.draft_logits is not None:
             return self.model.get_top_tokens(hidden_states)
         # A draw is keyed by the position before the sampled token: one behind the row that the first step drafts from.
         return self.sample_draft(

@@ -7,11 +7,14 @@ import torch
 from vllm_eagle3.config import Eagle3Options
 from vllm_eagle3.kernels import cpu
 from vllm_eagle3.runner.v2.cpu_speculator import NOT_DRAFTED, CPUSpeculator
+from vllm_eagle3.runner.v2.grafts import Found
 from vllm_eagle3.runner.v2.tree_attention import PathMetadata
 from vllm_eagle3.runner.v2.tree_draws import TreeDraws
 from vllm_eagle3.runner.v2.tree_speculator import TreeSpeculator
 from vllm_eagle3.runner.v2.tree_state import TreeState
 from vllm_eagle3.tree.growth import UNUSED, Growth
+
+ENOUGH = 5.0  # tokens expected of a look-up, beside which a draft adds less than its steps cost: a guess
 
 
 class CPUTreeSpeculator(TreeSpeculator, CPUSpeculator):
@@ -37,8 +40,8 @@ class CPUTreeSpeculator(TreeSpeculator, CPUSpeculator):
         """Whether this step grows trees. Chains are made as CPUSpeculator makes them, which may stop early."""
         return self.shape.width > 1 or (self.draws is not None and self.draws.active)
 
-    def first_drafts(self, budget: int) -> int:
-        return super().first_drafts(budget) if self.grows else budget
+    def first_drafts(self) -> int:
+        return super().first_drafts() if self.grows else self.shape.depth
 
     def _grow(self, input_batch: Any, nodes: int, attend: bool) -> None:
         if self.grows:
@@ -49,6 +52,14 @@ class CPUTreeSpeculator(TreeSpeculator, CPUSpeculator):
         missing = chains == NOT_DRAFTED
         parents.copy_(torch.arange(nodes)).masked_fill_(missing, UNUSED)
         chains.masked_fill_(missing, 0)
+        values = self.values[:batch, :nodes].zero_()  # drafts of unknown probability keep their places
+        for step, probability in enumerate(self.chain_probabilities):
+            values[:, step:] = probability.log()[:, None]
+        values.masked_fill_(missing, float("-inf"))
+
+    def drafts_beside(self, found: Found, decoding: torch.Tensor) -> bool:
+        """Under policy auto nothing is drafted where every request has a continuation worth ENOUGH tokens."""
+        return not self.may_stop or bool((found.survival.sum(dim=1) < ENOUGH)[decoding].any())
 
     def mark_unused(self, drafts: torch.Tensor, requests: torch.Tensor) -> None:
         """Unused nodes become NOT_DRAFTED, so that the scheduler does not have them verified."""

@@ -1,12 +1,21 @@
 """Grafts in Model Runner V2: what followed a request's newest tokens before joins its draft tree."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from vllm_eagle3.config import GraftOptions
-from vllm_eagle3.tree.graft import Grafted, graft
+from vllm_eagle3.runner.v2.tree_state import TreeState
+from vllm_eagle3.tree.graft import Grafted, graft, worthwhile
 from vllm_eagle3.tree.lookup import look_up
+
+
+class Found(NamedTuple):
+    """Continuations of a batch."""
+
+    tokens: torch.Tensor  # int64 [batch, length], -1 for none
+    match: torch.Tensor  # int64 [batch], length of the match
+    survival: torch.Tensor  # float [batch, length], as from MatchRates, 0 for none
 
 
 class Grafts:
@@ -19,24 +28,37 @@ class Grafts:
         """
         self.options, self.req_states = options, req_states
 
-    def merge(
-        self,
-        requests: torch.Tensor,
-        tokens: torch.Tensor,
-        parents: torch.Tensor,
-        places: int,
-        chain: torch.Tensor,
-        longest: int,
-    ) -> Grafted:
-        """The trees with their grafts; see `tree.graft.graft`.
+    def look_up(self, input_batch: Any, trees: TreeState, num_sampled: torch.Tensor) -> Found:
+        """Learn what the last grafts of a batch were worth, and find its next continuations.
 
-        requests: int64 [batch], request-state index. tokens, parents: int64 [batch, nodes], the grown trees. chain:
-        bool [batch], requests that need a chain. longest: an upper bound, known on the host, of the lengths of texts
-        that are decoded. The drafts of a request whose prompt is not read yet are never verified.
+        input_batch: what was verified. num_sampled: int [batch], tokens that it gave to each request. The drafts of a
+        request whose prompt is not read yet are never verified.
         """
-        states, options = self.req_states, self.options
+        states, length = self.req_states, self.options.length
+        batch, requests = input_batch.num_reqs, input_batch.idx_mapping
+        drafted = input_batch.cu_num_logits[: batch + 1].diff().long() - 1
+        trees.learn_from_grafts(requests, drafted, num_sampled.long() - 1)
+        longest = int(input_batch.seq_lens_cpu_upper_bound[:batch].max()) + 1  # of texts; known on the host
         texts = states.all_token_ids.gpu[requests, :longest]
         ends = states.total_len.gpu[requests].clamp(max=longest)
-        length = min(options.length, (places + 1) // 2)  # a weak match must not displace a small tree
-        found = look_up(texts, ends, length, options.min_match)
-        return graft(tokens, parents, found.tokens, places, chain)
+        found = look_up(texts, ends, length, self.options.min_match)
+        survival = trees.rates.survival(requests, found.match, length)
+        return Found(found.tokens, found.match, survival.masked_fill(found.match[:, None] == 0, 0.0))
+
+    def merge(
+        self,
+        found: Found,
+        tokens: torch.Tensor,
+        parents: torch.Tensor,
+        values: torch.Tensor,
+        places: int,
+        chain: torch.Tensor,
+    ) -> Grafted:
+        """The trees with as much of their grafts as is worth its places; see `tree.graft`.
+
+        tokens, parents: int64 [batch, nodes], the grown trees. values: float [batch, nodes], what their nodes were
+        kept by. chain: bool [batch], requests that need a chain.
+        """
+        step = torch.arange(found.tokens.shape[1], device=tokens.device)
+        beyond = step >= worthwhile(found.survival, values, places)[:, None]
+        return graft(tokens, parents, found.tokens.masked_fill(beyond, -1), places, chain)

@@ -9,7 +9,7 @@ from vllm.v1.worker.gpu.spec_decode import init_speculator as stock_init_specula
 from vllm_eagle3.config import Eagle3Options
 from vllm_eagle3.model.activate import activate
 from vllm_eagle3.runner.startup_log import report, report_lookahead
-from vllm_eagle3.runner.v2.cpu_speculator import CPUSpeculator, serves
+from vllm_eagle3.runner.v2.cpu_speculator import CPUSpeculator, draws_chains, serves
 from vllm_eagle3.runner.v2.speculator import Eagle3Speculator
 from vllm_eagle3.runner.v2.tree_limits import refuse_unsupported
 
@@ -24,8 +24,9 @@ def init_speculator(vllm_config: VllmConfig, device: torch.device, req_states: A
         report(draft_config, "V2", vllm_config, "tree")
         report_lookahead(vllm_config, options.tree)
         return _tree_speculator(vllm_config, device, options, req_states)
-    report(draft_config, "V2", vllm_config, "chain")
-    return (CPUSpeculator if serves(vllm_config, device) else Eagle3Speculator)(vllm_config, device)
+    on_cpu = serves(vllm_config, device)
+    report(draft_config, "V2", vllm_config, "chain", own_draws=on_cpu and draws_chains(vllm_config))
+    return (CPUSpeculator if on_cpu else Eagle3Speculator)(vllm_config, device)
 
 
 def _tree_speculator(

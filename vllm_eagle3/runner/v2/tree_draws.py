@@ -14,6 +14,26 @@ from vllm_eagle3.tree.growth import Growth, Level
 logger = logging.getLogger("vllm.eagle3")
 
 
+def distributions(model: Any, requests: int, expansions: int, dtype: torch.dtype, form: str) -> DrawnFrom:
+    """Room for the distributions of a draft, of so many expansions for each request; logs how much memory that is."""
+    config, target_ids = model.draft_config, model.draft_to_target
+    q = torch.zeros(requests, expansions, config.draft_vocab_size, dtype=dtype)
+    if target_ids is None:
+        target_ids = torch.arange(config.draft_vocab_size)
+    draft_ids = torch.full((config.vocab_size,), -1)
+    draft_ids[target_ids] = torch.arange(len(target_ids))
+    logger.info(
+        "vllm-eagle3: %s are drawn where requests sample; the draft's distributions take %.0f MB (%d requests, %d "
+        "distributions of %d tokens for each). The option draft_sampling 'greedy' does without",
+        form,
+        q.nbytes / 1e6,
+        requests,
+        expansions,
+        config.draft_vocab_size,
+    )
+    return DrawnFrom(q, draft_ids, target_ids)
+
+
 class TreeDraws:
     """Children of nodes, drawn where a request draws, and the distributions that they were drawn from.
 
@@ -26,24 +46,10 @@ class TreeDraws:
         self.model, self.width, self.tree_state = model, tree.topk, tree_state
         self.requests = torch.empty(0, dtype=torch.int64)
         self.active = False  # whether some request of this batch draws
-        config = model.draft_config
         expansions = 1 + (tree.depth - 1) * tree.topk
         self.places = torch.zeros(len(tree_state.drawn), expansions, tree.topk)
         self.expanded = torch.zeros(len(tree_state.drawn), tree.nodes + 1, dtype=torch.int64)
-        q = torch.zeros(len(tree_state.drawn), expansions, config.draft_vocab_size, dtype=dtype)
-        target_ids = model.draft_to_target
-        if target_ids is None:
-            target_ids = torch.arange(config.draft_vocab_size)
-        draft_ids = torch.full((config.vocab_size,), -1)
-        draft_ids[target_ids] = torch.arange(len(target_ids))
-        tree_state.draws = DrawnFrom(q, draft_ids, target_ids)
-        logger.info(
-            "vllm-eagle3: trees are drawn where requests sample; their distributions take %.0f MB (%d requests of %d "
-            "expanded nodes). The option draft_sampling 'greedy' does without",
-            q.nbytes / 1e6,
-            len(q),
-            expansions,
-        )
+        tree_state.draws = distributions(model, len(tree_state.drawn), expansions, dtype, "trees")
 
     def begin(self, requests: torch.Tensor, width: int) -> None:
         """A batch of these requests (int64 [batch], request-state index) grows trees of `width` children a node."""
@@ -75,11 +81,12 @@ class TreeDraws:
         return partial(DrawnGrowth, self.places[at, :, : self.width], self.expanded[at])
 
     def record(self, number: torch.Tensor, given: torch.Tensor) -> None:
-        """The trees that are verified: number and added of `tree.graft.Grafted`."""
+        """The trees that are verified: number and added of `tree.graft.Grafted`. No tree: only roots have numbers."""
         state, columns = self.tree_state, number.shape[1]
         beyond = state.expanded.shape[1]
         expanded = number.new_full((len(number), beyond + 1), -1)
-        expanded.scatter_(1, number.clamp(max=beyond), self.expanded[: len(number), :columns])
+        if columns > 1:
+            expanded.scatter_(1, number.clamp(max=beyond), self.expanded[: len(number), :columns])
         state.expanded[self.requests] = expanded[:, :beyond]
         state.given[self.requests] = given
 
@@ -105,6 +112,6 @@ class DrawnGrowth(Growth):
         return super().extend(log_probs, ids, states, places.reshape(log_probs.shape))
 
     def rerank(self, tokens: torch.Tensor, parents: torch.Tensor) -> torch.Tensor:
-        scores = super().rerank(tokens, parents)
+        super().rerank(tokens, parents)
         self.expanded[:, : tokens.shape[1] + 1] = self.tree.expanded
-        return scores
+        return self.tree.values

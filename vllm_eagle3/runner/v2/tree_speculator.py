@@ -17,7 +17,7 @@ from vllm_eagle3.config import Eagle3Options
 from vllm_eagle3.kernels import MOST_LOGITS, cpu
 from vllm_eagle3.runner.policy_install import largest_tree, tree_shapes
 from vllm_eagle3.runner.v2.accepted_rows import accepted_rows
-from vllm_eagle3.runner.v2.grafts import Grafts
+from vllm_eagle3.runner.v2.grafts import Found, Grafts
 from vllm_eagle3.runner.v2.speculator import Eagle3Speculator
 from vllm_eagle3.runner.v2.tree_attention import PathMetadata
 from vllm_eagle3.runner.v2.tree_draws import TreeDraws
@@ -45,16 +45,15 @@ class TreeSpeculator(Eagle3Speculator):
         self.tree = tree = options.tree
         self.deepest = options.deepest
         self.grafts = Grafts(options.grafts, req_states) if options.grafts else None
-        self.shapes = tree_shapes(vllm_config, tree)
-        self.shape = largest_tree(self.num_speculative_steps, tree)  # of the step
+        self.shapes = tree_shapes(vllm_config, options)
+        self.largest = self.shape = largest_tree(self.num_speculative_steps, options)
         self.root_children = (  # written by the first draft step: log-probabilities and ids
             torch.zeros(self.max_num_reqs, tree.topk, device=device),
             torch.zeros(self.max_num_reqs, tree.topk, dtype=torch.int64, device=device),
         )
-        self.chain = torch.zeros(
-            self.max_num_reqs, dtype=torch.bool, device=device
-        )  # requests that get a chain
+        self.chain = torch.zeros(self.max_num_reqs, dtype=torch.bool, device=device)  # who gets a chain
         self.parents = torch.zeros(self.max_num_reqs, tree.nodes, dtype=torch.int64, device=device)
+        self.values = torch.zeros(self.max_num_reqs, tree.nodes, device=device)  # as tree.growth.Tree.values
         self.growth: type[Growth | cpu.Growth] = Growth
         self.draws: TreeDraws | None = None  # made by set_attn
         self.growth_graphs: CudaGraphManager | None = None
@@ -148,7 +147,7 @@ class TreeSpeculator(Eagle3Speculator):
         else cuts the tree to its best nodes.
         """
         budget = self.num_speculative_steps if num_speculative_tokens is None else num_speculative_tokens
-        self.shape = self.shapes.get(budget) or largest_tree(self.num_speculative_steps, self.tree)
+        self.shape = self.shapes.get(budget, self.largest)
         trees = None if dummy_run else self.tree_state
         if trees is not None and trees.step is not None and trees.step.has_drafts and not trees.step.linear:
             path = accepted_rows(input_batch, trees.path_rows(), self.deepest)
@@ -157,43 +156,57 @@ class TreeSpeculator(Eagle3Speculator):
             last_hidden_states = last_hidden_states[path.rows]
             aux_hidden_states = aux_hidden_states and [states[path.rows] for states in aux_hidden_states]
             num_rejected = (num_rejected - path.dropped).clamp(min=0)
+        batch, requests = input_batch.num_reqs, input_batch.idx_mapping
+        found = None
+        if budget and trees is not None and self.grafts is not None:
+            found = self.grafts.look_up(input_batch, trees, num_sampled[:batch])
+        drafting = budget > 0 and (found is None or self.drafts_beside(found, num_sampled[:batch] > 0))
         if self.draws is not None:
-            requests = input_batch.idx_mapping
             self.draws.begin(requests[:0] if trees is None else requests, self.shape.width)
         first = super().propose(
             input_batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_sampled,
-            num_rejected, *args, dummy_run=dummy_run, num_speculative_tokens=self.first_drafts(budget), **kwargs,
+            num_rejected, *args, dummy_run=dummy_run, num_speculative_tokens=self.first_drafts() if drafting else 0,
+            **kwargs,
         )  # fmt: skip
         if budget == 0:
             return first
-        batch, nodes = input_batch.num_reqs, min(budget, self.tree.nodes)
-        requests = input_batch.idx_mapping
         self.chain[:batch] = False if trees is None else trees.chain_only[requests]
-        self._grow(input_batch, nodes, attend=attn_metadata is not None)
+        nodes = min(budget, self.tree.nodes) if drafting else 0
+        if drafting:
+            self._grow(input_batch, nodes, attend=attn_metadata is not None)
         drafts = self.draft_tokens[:batch]
-        tokens, parents = drafts[:, :nodes], self.parents[:batch, :nodes]
-        if trees is not None:
-            number, added = (
-                torch.arange(nodes + 1, device=self.device).expand(batch, -1),
-                parents.new_zeros(batch),
-            )
-            if self.grafts is not None:
-                longest = int(input_batch.seq_lens_cpu_upper_bound[:batch].max()) + 1
-                tokens, parents, added, number = self.grafts.merge(
-                    requests, tokens, parents, budget, self.chain[:batch], longest
-                )
-            trees.record_growth(requests, parents)
-            if self.draws is not None and self.draws.active:
-                self.draws.record(number, added)
+        tokens = drafts[:, :nodes] if trees is None else self._keep(trees, requests, nodes, budget, found)
         drafts[:, : tokens.shape[1]] = tokens
         drafts[:, tokens.shape[1] :] = 0
         if trees is not None:
             self.mark_unused(drafts, requests)
         return drafts
 
-    def first_drafts(self, budget: int) -> int:
+    def first_drafts(self) -> int:
         """How many drafts the chain has that is made before trees grow: of its first draft step, trees grow."""
-        return min(budget, 1)
+        return 1
+
+    def drafts_beside(self, found: Found, decoding: torch.Tensor) -> bool:
+        """Whether trees grow beside what was found. decoding: bool [batch], requests whose drafts are verified."""
+        return True  # a GPU decides nothing by values that the host would have to wait for
+
+    def _keep(
+        self, trees: TreeState, requests: torch.Tensor, nodes: int, places: int, found: Found | None
+    ) -> torch.Tensor:
+        """Merge grafts into the trees that have grown `nodes` nodes, and record them. Returns their tokens."""
+        batch = len(requests)
+        tokens, parents = self.draft_tokens[:batch, :nodes], self.parents[:batch, :nodes]
+        added = parents.new_zeros(batch)
+        number = torch.arange(nodes + 1, device=self.device).expand(batch, -1)
+        if found is not None and self.grafts is not None:
+            tokens, parents, added, number = self.grafts.merge(
+                found, tokens, parents, self.values[:batch, :nodes], places, self.chain[:batch]
+            )
+            trees.record_graft(requests, added, found.match)
+        trees.record_growth(requests, parents)
+        if self.draws is not None and self.draws.active:
+            self.draws.record(number, added)
+        return tokens
 
     def mark_unused(self, drafts: torch.Tensor, requests: torch.Tensor) -> None:
         """Unused nodes have token 0: what is promised to the scheduler is read as it is."""
@@ -246,7 +259,7 @@ class TreeSpeculator(Eagle3Speculator):
             normed, states = self.draft_level(level, PathMetadata(*prefix, level.paths) if prefix else None)
             log_probs, ids = self._children(normed, at, number)
             level = growth.extend(log_probs, ids, states)
-        growth.rerank(self.draft_tokens[at, :nodes], self.parents[at, :nodes])
+        self.values[at, :nodes] = growth.rerank(self.draft_tokens[at, :nodes], self.parents[at, :nodes])
 
     def draft_level(
         self, level: cpu.Level, metadata: PathMetadata | None

@@ -9,6 +9,7 @@ from vllm_eagle3.kernels import ancestor_bits
 from vllm_eagle3.tree.drawn import DrawnTrees
 from vllm_eagle3.tree.growth import UNUSED
 from vllm_eagle3.tree.mask import TreeMask
+from vllm_eagle3.tree.match_rates import MatchRates
 
 
 class DrawnFrom(NamedTuple):
@@ -55,7 +56,9 @@ class TreeState:
         self.chain_only = torch.zeros(requests, dtype=torch.bool, device=device)
         self.drawn = torch.zeros(requests, dtype=torch.bool, device=device)  # requests whose nodes are drawn
         self.expanded = zeros(requests, nodes + 1) - 1  # as `tree.drawn.DrawnTrees.expanded`
-        self.given = zeros(requests)
+        self.given = zeros(requests)  # nodes of each graft: the tree's first ones
+        self.match = zeros(requests)  # length of the match that each graft was looked up with
+        self.rates = MatchRates(requests, device)
         self.draws: DrawnFrom | None = None  # None: no nodes are drawn
         # The addresses stay, because a CUDA graph of the target may hold them.
         self.mask = TreeMask(root=zeros(tokens), bits=zeros(tokens) + 1, positions=zeros(tokens))
@@ -70,6 +73,8 @@ class TreeState:
         self.linear[request] = True
         self.chain_only[request] = chain_only
         self.drawn[request] = drawn and self.draws is not None
+        self.given[request] = 0
+        self.rates.forget(request)
 
     def node_rows(self, roots: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Row of each node [batch, nodes + 1], and whether it is used; an unused node repeats the row of its root.
@@ -123,6 +128,20 @@ class TreeState:
             self.linear[requests] = (follows | (parents == UNUSED)).all(dim=1)
         missing = self.parents.shape[1] - 1 - parents.shape[1]
         self.parents[requests] = torch.nn.functional.pad(parents, (1, missing), value=UNUSED)
+
+    def record_graft(self, requests: torch.Tensor, given: torch.Tensor, match: torch.Tensor) -> None:
+        """Keep how many nodes of new trees are a graft's, and the length of its match, both int64 [batch]."""
+        self.given[requests], self.match[requests] = given, match
+
+    def learn_from_grafts(
+        self, requests: torch.Tensor, drafted: torch.Tensor, accepted: torch.Tensor
+    ) -> None:
+        """Take the last verification into the rates: nodes verified and accepted of each request, int64 [batch]."""
+        verified, nodes = torch.minimum(self.given[requests], drafted), self.node_ids[1:]
+        # The path's node at depth d is d only on a graft, and behind the accepted ones.
+        on_graft = self.path[requests, 1:] == nodes
+        on_graft &= nodes <= torch.minimum(verified, accepted)[:, None]
+        self.rates.observe(requests, self.match[requests], verified, on_graft.sum(dim=1), len(nodes))
 
     def drawn_trees(self, requests: torch.Tensor) -> DrawnTrees:
         """What verification has to know of the drawn trees of these requests."""
