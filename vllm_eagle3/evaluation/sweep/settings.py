@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ class SweepSettings:
     dtype: Dtype = "auto"
     enforce_eager: bool = False
     shape: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the plugin, beside those that a mode sets
     acceptance_rates: tuple[float, ...] = PUBLISHED_RATES  # with a shape; if empty, random weights decide
 
     def __post_init__(self) -> None:

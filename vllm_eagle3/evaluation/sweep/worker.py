@@ -66,6 +66,7 @@ def engine_arguments(name: str, settings: SweepSettings) -> dict[str, Any]:
         speculative["enable_adaptive_verification"] = True
     options: dict[str, Any] = {"policy": "auto" if mode.startswith("auto") else "fixed"}
     options["tree"] = asdict(settings.tree) if mode in TREES else None
+    options |= settings.options
     return arguments | {"speculative_config": speculative, "additional_config": {"eagle3": options}}
 
 
