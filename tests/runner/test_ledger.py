@@ -43,7 +43,7 @@ OF_THE_LANGUAGE = {
     "__abstractmethods__",
     "_abc_impl",
 }
-OF_THE_LANGUAGE |= {"_is_protocol", "__subclasshook__"}
+OF_THE_LANGUAGE |= {"_is_protocol", "__subclasshook__", "__dict__", "__weakref__"}
 OF_A_DATACLASS = {"__init__", "__repr__", "__eq__", "__hash__", "__match_args__"}
 OF_A_DATACLASS |= {"__dataclass_params__", "__dataclass_fields__"}
 

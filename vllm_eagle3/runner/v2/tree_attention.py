@@ -1,7 +1,9 @@
-"""Attention backends that read tree masks: vLLM hands them the KV cache, and `kernels` compute the attention."""
+"""Attention backends for batches with trees. `kernels` compute the attention over vLLM's KV cache."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +17,9 @@ from vllm_eagle3.tree.mask import TreeMask
 
 
 def with_tree(metadata: Any, mask: TreeMask) -> Any:
-    """A copy of a layer's attention metadata that carries a tree mask.
+    """A copy of a layer's attention metadata with a tree mask.
 
-    Target and draft layers may share one metadata object, and only the target's layers may see the mask.
+    Target and draft layers may share one metadata object, but only the target's layers may use the mask.
     """
     masked = copy.copy(metadata)
     masked.tree = mask
@@ -26,39 +28,17 @@ def with_tree(metadata: Any, mask: TreeMask) -> Any:
 
 @dataclass
 class PathMetadata:
-    """Stands in for a draft layer's attention metadata while the draft runs over the nodes of one level.
+    """A draft layer's attention metadata while the draft runs over the nodes of one level.
 
-    The keys and values of nodes go to scratch memory, never to the sequence's cache. In a tree that expands k nodes
-    a level, level l (from 1) owns the slots (l - 1) k to l k - 1 of its request's row.
+    The keys and values of nodes go to scratch memory and never to the sequence's cache. If each level expands k nodes,
+    level l (from 1) owns the slots (l - 1) k to l k - 1 of its request's row.
     """
 
     block_table: torch.Tensor  # int [batch, max_blocks], of the draft layer's cache
     prefix_lens: torch.Tensor  # int [batch]
     keys: torch.Tensor  # [>= batch, slots, kv_heads, head_dim], scratch
     values: torch.Tensor
-    paths: torch.Tensor  # int64 [batch, k, l]: slots of each node's ancestors and, last, its own
-
-
-def attend_paths(
-    impl: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    kv_cache: torch.Tensor,
-    metadata: PathMetadata,
-    output: torch.Tensor,
-) -> torch.Tensor:
-    """Attention of one level's nodes; query `[batch * k, heads, head_dim]`, key and value alike."""
-    batch, nodes, level = metadata.paths.shape
-    slots = slice((level - 1) * nodes, level * nodes)
-    metadata.keys[:batch, slots] = key.view(batch, nodes, *key.shape[1:])
-    metadata.values[:batch, slots] = value.view(batch, nodes, *value.shape[1:])
-    out = path_attention(
-        query.view(batch, nodes, *query.shape[1:]), kv_cache, metadata.block_table, metadata.prefix_lens,
-        metadata.keys, metadata.values, metadata.paths, scale=impl.scale, window=window_of(impl),
-    )  # fmt: skip
-    output[: batch * nodes] = out.flatten(0, 1)
-    return output
+    paths: torch.Tensor  # int64 [batch, k, l]: slots of each node's ancestors and, last, its own slot
 
 
 def window_of(impl: Any) -> int:
@@ -69,34 +49,8 @@ def window_of(impl: Any) -> int:
     return window if window and window > 0 else 0
 
 
-def attend_tree(
-    impl: Any,
-    query: torch.Tensor,
-    kv_cache: torch.Tensor,
-    metadata: Any,
-    mask: TreeMask,
-    output: torch.Tensor,
-) -> torch.Tensor:
-    """Attention of a batch with trees; query `[tokens or more, heads, head_dim]`."""
-    tokens = metadata.num_actual_tokens
-    output[:tokens] = tree_attention(
-        query[:tokens],
-        kv_cache,
-        metadata.block_table,
-        metadata.query_start_loc,
-        metadata.seq_lens,
-        *mask,
-        max_query_len=metadata.max_query_len,
-        scale=impl.scale,
-        window=window_of(impl),
-        softcap=impl.logits_soft_cap,
-        sinks=impl.sinks,
-    )
-    return output
-
-
 def refuse_layer(impl: Any) -> None:
-    """Raises ValueError if tree attention cannot compute this layer. Called when a layer is built."""
+    """Raise ValueError if tree attention cannot compute this layer. Called when a layer is built."""
     found = [
         name
         for name, present in (
@@ -109,16 +63,17 @@ def refuse_layer(impl: Any) -> None:
         raise ValueError(f"draft trees do not support {', '.join(found)}; {USE_A_CHAIN}")
 
 
-class TreeCPUAttentionBackend(CPUAttentionBackend):
-    """vLLM's CPU attention, with this project's kernels for batches that verify trees."""
+class TreeLayer:
+    """What an attention layer does in an engine with trees. vLLM's implementation is the second base class.
 
-    @staticmethod
-    def get_impl_cls() -> type["TreeCPUAttentionImpl"]:
-        return TreeCPUAttentionImpl
+    This one computes nodes and trees with the Triton kernels, on a cache [blocks, kv_heads, block_size, 2 * head_dim].
+    """
 
-
-class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
-    """The cache is the stock backend's, in the order that it gives each instruction set."""
+    scale: float
+    logits_soft_cap: float
+    sinks: torch.Tensor | None
+    TREES = "tree"
+    """Name of the metadata's attribute that only batches with trees have."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -136,31 +91,113 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        """Attention of a batch; query, key and value [tokens or more, heads, head_dim]. Writes and returns output."""
         if isinstance(attn_metadata, PathMetadata):
-            paths = attn_metadata
-            rows = paths.paths.shape[0] * paths.paths.shape[1]
-            cpu.path_attention(
-                query[:rows], kv_cache, cpu_layout(layer, kv_cache), paths.block_table, paths.prefix_lens, paths.keys,
-                paths.values, paths.paths, scale=self.scale, window=window_of(self), new=(key[:rows], value[:rows]),
-                out=output[:rows],
-            )  # fmt: skip
+            self.attend_paths(layer, query, key, value, kv_cache, attn_metadata, output)
             return output
-        mask = getattr(attn_metadata, "tree", None)
-        if mask is None:
-            return super().forward(
-                layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
-            )
-        tokens = attn_metadata.num_actual_tokens
+        upstream = partial(
+            super().forward,  # type: ignore[misc]
+            layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale,
+        )  # fmt: skip
+        if getattr(attn_metadata, self.TREES, None) is None:
+            return upstream()
+        self.attend_trees(layer, query, kv_cache, attn_metadata, output, upstream)
+        return output
+
+    def attend_paths(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: PathMetadata,
+        output: torch.Tensor,
+    ) -> None:
+        """Attention of one level's nodes; query [batch * k, heads, head_dim], key and value alike."""
+        batch, nodes, level = metadata.paths.shape
+        slots = slice((level - 1) * nodes, level * nodes)
+        metadata.keys[:batch, slots] = key.view(batch, nodes, *key.shape[1:])
+        metadata.values[:batch, slots] = value.view(batch, nodes, *value.shape[1:])
+        out = path_attention(
+            query.view(batch, nodes, *query.shape[1:]), kv_cache, metadata.block_table, metadata.prefix_lens,
+            metadata.keys, metadata.values, metadata.paths, scale=self.scale, window=window_of(self),
+        )  # fmt: skip
+        output[: batch * nodes] = out.flatten(0, 1)
+
+    def attend_trees(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: Any,
+        output: torch.Tensor,
+        upstream: Callable[[], torch.Tensor],
+    ) -> None:
+        """Attention of a batch with trees. `upstream` is vLLM's own, which knows no trees."""
+        tokens = metadata.num_actual_tokens
+        output[:tokens] = tree_attention(
+            query[:tokens],
+            kv_cache,
+            metadata.block_table,
+            metadata.query_start_loc,
+            metadata.seq_lens,
+            *metadata.tree,
+            max_query_len=metadata.max_query_len,
+            scale=self.scale,
+            window=window_of(self),
+            softcap=self.logits_soft_cap,
+            sinks=self.sinks,
+        )
+
+
+class TreeCPUAttentionBackend(CPUAttentionBackend):
+    """vLLM's CPU attention, with this project's kernels for batches that verify trees."""
+
+    @staticmethod
+    def get_impl_cls() -> type["TreeCPUAttentionImpl"]:
+        return TreeCPUAttentionImpl
+
+
+class TreeCPUAttentionImpl(TreeLayer, CPUAttentionBackendImpl):
+    """Uses the C++ kernels. The cache is vLLM's, in the order that it has for each instruction set."""
+
+    def attend_paths(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: PathMetadata,
+        output: torch.Tensor,
+    ) -> None:
+        rows = metadata.paths.shape[0] * metadata.paths.shape[1]
+        cpu.path_attention(
+            query[:rows], kv_cache, cpu_layout(layer, kv_cache), metadata.block_table, metadata.prefix_lens,
+            metadata.keys, metadata.values, metadata.paths, scale=self.scale, window=window_of(self),
+            new=(key[:rows], value[:rows]), out=output[:rows],
+        )  # fmt: skip
+
+    def attend_trees(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: Any,
+        output: torch.Tensor,
+        upstream: Callable[[], torch.Tensor],
+    ) -> None:
+        tokens = metadata.num_actual_tokens
         cpu.tree_attention(
-            query[:tokens], kv_cache, cpu_layout(layer, kv_cache), attn_metadata.block_table,
-            attn_metadata.query_start_loc, attn_metadata.seq_lens, *mask, scale=self.scale, window=window_of(self),
+            query[:tokens], kv_cache, cpu_layout(layer, kv_cache), metadata.block_table, metadata.query_start_loc,
+            metadata.seq_lens, *metadata.tree, scale=self.scale, window=window_of(self),
             softcap=self.logits_soft_cap, sinks=self.sinks, out=output[:tokens],
         )  # fmt: skip
-        return output
 
 
 def cpu_layout(layer: Any, kv_cache: torch.Tensor) -> cpu.KVLayout:
-    """How vLLM's CPU attention orders the keys and values of a block of this layer's cache."""
+    """The order in which vLLM's CPU attention stores the keys and values of a block of this layer's cache."""
     block_size, width = kv_cache.shape[2:]
     key = (layer.isa, block_size, width, kv_cache.dtype)
     if key not in _layouts:
@@ -187,33 +224,8 @@ class TreeTritonAttentionBackend(TritonAttentionBackend):
         return TreeTritonAttentionImpl
 
 
-class TreeTritonAttentionImpl(TritonAttentionImpl):
+class TreeTritonAttentionImpl(TreeLayer, TritonAttentionImpl):
     """Reads the cache of vLLM's backend, `[blocks, kv_heads, block_size, 2 * head_dim]`."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        refuse_layer(self)
 
     def fused_output_quant_supported(self, quant_key: Any) -> bool:
         return False
-
-    def forward(
-        self,
-        layer: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        attn_metadata: Any,
-        output: torch.Tensor,
-        output_scale: torch.Tensor | None = None,
-        output_block_scale: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        if isinstance(attn_metadata, PathMetadata):
-            return attend_paths(self, query, key, value, kv_cache, attn_metadata, output)
-        mask = getattr(attn_metadata, "tree", None)
-        if mask is None:
-            return super().forward(
-                layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
-            )
-        return attend_tree(self, query, kv_cache, attn_metadata, mask, output)

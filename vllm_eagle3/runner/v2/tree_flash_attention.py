@@ -1,10 +1,11 @@
-"""Trees on vLLM's FlashAttention: it attends to the prefix of each tree, `node_attention` to the nodes.
+"""Trees with vLLM's FlashAttention, which attends to the prefix of each tree. `node_attention` attends to the nodes.
 
-Requests without drafts, prefills above all, are FlashAttention alone, as without this project. FlashAttention has no
-mask of ancestors, but without a causal mask it is exact over the prefix, which every node sees whole. Its log-sum-exp
-and that of the nodes merge both parts.
+Requests without drafts, such as prefills, use FlashAttention alone, as without this project. FlashAttention has no mask
+of ancestors. But every node sees the whole prefix, so without a causal mask it is exact over the prefix. The two parts
+are merged by their log-sum-exp.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,20 +24,14 @@ from vllm.v1.attention.backends.flash_attn import (
 from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
 
 from vllm_eagle3.kernels import node_attention
-from vllm_eagle3.runner.v2.tree_attention import (
-    PathMetadata,
-    attend_paths,
-    attend_tree,
-    refuse_layer,
-    window_of,
-)
+from vllm_eagle3.runner.v2.tree_attention import TreeLayer, window_of
 from vllm_eagle3.tree.mask import TreeMask
 
 
 def flash_attention_fits(vllm_config: Any) -> bool:
-    """Whether trees can build on FlashAttention 2 or 3 here: a GPU that has it, 16-bit weights, a supported head size.
+    """Whether trees can use FlashAttention 2 or 3: on a GPU that has it, with 16-bit weights and a supported head size.
 
-    FlashAttention 4 is left to the Triton backend, since nobody has tried its log-sum-exp with a paged cache.
+    With FlashAttention 4 trees use the Triton backend, since nobody has tried its log-sum-exp with a paged cache.
     """
     model = vllm_config.model_config
     capability = current_platform.get_device_capability()
@@ -52,9 +47,9 @@ def flash_attention_fits(vllm_config: Any) -> bool:
 
 @dataclass
 class TreeRows:
-    """The rows of a batch that verify trees, as a batch of their own."""
+    """The rows of a batch that verify trees, as a separate batch."""
 
-    rows: torch.Tensor | None  # int64 [tokens], which rows of the whole batch; None: all of them, in order
+    rows: torch.Tensor | None  # int64 [tokens], indices in the whole batch; None: all rows, in order
     query_start_loc: torch.Tensor  # int32 [requests + 1]
     block_table: torch.Tensor  # int32 [requests, blocks]
     seq_lens: torch.Tensor  # int32 [requests], this step's rows included
@@ -70,12 +65,12 @@ def tree_rows(
     scheduled: np.ndarray,
     drafts: np.ndarray | None,
 ) -> TreeRows:
-    """Which rows of a batch verify trees.
+    """The rows of a batch that verify trees.
 
-    metadata: of a layer. prefix_lens: int32 [requests], tokens before each request's root. scheduled, drafts: int
-    [requests] on the host, rows and drafts of each request; drafts is None in the dummy batch of a CUDA graph's
-    capture, where every request verifies a tree. A decoding request without drafts counts as a tree of one node, so
-    that a batch that only decodes is taken whole, and a CUDA graph can hold it.
+    metadata: attention metadata of a layer. prefix_lens: int32 [requests], tokens before each request's root.
+    scheduled, drafts: int [requests] on the host, rows and drafts of each request; drafts is None in the dummy batch
+    of a CUDA graph's capture, where every request verifies a tree. A decoding request without drafts counts as a tree
+    of one node. So a batch of decoding requests is used as a whole, and a CUDA graph can contain it.
     """
     if drafts is None or bool((scheduled == drafts + 1).all()):
         return TreeRows(
@@ -107,7 +102,7 @@ def tree_rows(
 
 
 class TreeFlashAttentionBuilder(FlashAttentionMetadataBuilder):
-    """A full CUDA graph holds batches whose requests all verify equally many rows: in others trees are found anew."""
+    """Allows full CUDA graphs only if all requests verify equally many rows; else the trees' rows are looked up."""
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
@@ -115,7 +110,7 @@ class TreeFlashAttentionBuilder(FlashAttentionMetadataBuilder):
 
 
 class TreeFlashAttentionBackend(FlashAttentionBackend):
-    """vLLM's FlashAttention, which shares rows that verify trees with this project's kernel."""
+    """vLLM's FlashAttention, together with this project's kernel for rows that verify trees."""
 
     @staticmethod
     def get_name() -> str:
@@ -130,38 +125,28 @@ class TreeFlashAttentionBackend(FlashAttentionBackend):
         return TreeFlashAttentionBuilder
 
 
-class TreeFlashAttentionImpl(FlashAttentionImpl):
-    """The cache is the stock backend's, `[blocks, kv_heads, block_size, 2 * head_dim]`."""
+class TreeFlashAttentionImpl(TreeLayer, FlashAttentionImpl):
+    """The cache is vLLM's, `[blocks, kv_heads, block_size, 2 * head_dim]`."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        refuse_layer(self)
+    TREES = "tree_rows"
 
-    def forward(
+    def attend_trees(
         self,
         layer: Any,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
         kv_cache: torch.Tensor,
-        attn_metadata: Any,
+        metadata: Any,
         output: torch.Tensor,
-        output_scale: torch.Tensor | None = None,
-        output_block_scale: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        if isinstance(attn_metadata, PathMetadata):
-            return attend_paths(self, query, key, value, kv_cache, attn_metadata, output)
-        trees: TreeRows | None = getattr(attn_metadata, "tree_rows", None)
-        if trees is not None and (window_of(self) or self.sinks is not None):
-            # A node's window begins where its depth says, and a sink must be counted once: one kernel does both.
-            return attend_tree(self, query, kv_cache, attn_metadata, attn_metadata.tree, output)
-        if trees is None or trees.rows is not None:
-            super().forward(
-                layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
-            )
-        if trees is not None:
-            self._attend_trees(query, kv_cache, attn_metadata, trees, output)
-        return output
+        upstream: Callable[[], torch.Tensor],
+    ) -> None:
+        trees: TreeRows = metadata.tree_rows
+        if window_of(self) or self.sinks is not None:
+            # A node's window depends on its depth, and a sink must be counted once, so one kernel computes all keys.
+            super().attend_trees(layer, query, kv_cache, metadata, output, upstream)
+            return
+        if trees.rows is not None:
+            upstream()
+        self._attend_trees(query, kv_cache, metadata, trees, output)
 
     def _attend_trees(
         self,
@@ -171,7 +156,7 @@ class TreeFlashAttentionImpl(FlashAttentionImpl):
         trees: TreeRows,
         output: torch.Tensor,
     ) -> None:
-        """Write the rows of `trees` in output [tokens or more, heads, head_dim], over what is there."""
+        """Overwrite the rows of `trees` in output [tokens or more, heads, head_dim]."""
         rows = query[: metadata.num_actual_tokens] if trees.rows is None else query[trees.rows]
         keys, values = (
             canonicalize_singleton_dim_strides(cache)
