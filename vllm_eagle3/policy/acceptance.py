@@ -23,11 +23,11 @@ def expected_tokens(rates: Sequence[float], depth: int) -> float:
 
 
 class Acceptance:
-    """Conditional acceptance per depth, P(draft d accepted | drafts before it accepted); recent steps count most.
+    """Conditional acceptance per depth, P(draft d accepted | drafts before it accepted). Recent steps have more weight.
 
-    A depth counts only the requests that reached it. Its prior (worth `weight` observations) is the rate of the depth
-    before it: EAGLE-3's acceptance falls slowly with depth, so an unexplored depth looks like the one before it and
-    gets tried. Counts decay with the number of observations (`window`), but not faster than over `min_steps` steps.
+    A depth counts only the requests that reached it. Its prior (`weight` observations) is the rate of the depth before
+    it: EAGLE-3's acceptance falls slowly with depth, so an unknown depth looks like the one before it and is tried.
+    Counts decay with the number of observations (`window`), but not faster than over `min_steps` steps.
     """
 
     def __init__(
@@ -45,9 +45,9 @@ class Acceptance:
             self._tried[0], self._accepted[0] = 6.0, 6.0 * prior
 
     def observe(self, drafted: Sequence[int], accepted: Sequence[int], keep: float = 1.0) -> None:
-        """One step: how deep each request drafted and how many drafts were accepted.
+        """Learn from one step: how deep each request drafted, and how many drafts were accepted.
 
-        keep: the largest share of the earlier counts to keep; lower for a probe after a long pause.
+        keep: the largest share of the earlier counts that is kept; it is lower for a probe after a long pause.
         """
         deepest = len(self._tried)
         tried, passed = [0] * deepest, [0] * deepest  # at each depth; plain Python, as it runs in every step
@@ -87,7 +87,7 @@ class Families(dict[int, Acceptance]):
     def rates(self) -> dict[int, list[float]]:
         """Acceptance per depth of each family.
 
-        A tree that was seldom seen is expected to miss less often than the chain, the less the more nodes it has.
+        A tree that was seldom seen is expected to fail less often than a chain, by a factor that falls with its nodes.
         Without chains it counts as good as the next smaller tree.
         """
         out: dict[int, list[float]] = {}
@@ -134,7 +134,7 @@ def shift_odds(rates: np.ndarray, own: np.ndarray, mean: np.ndarray | float) -> 
 
 
 def allocate(survivals: np.ndarray, seconds: np.ndarray, margin: float = 0.0) -> np.ndarray:
-    """How many drafts of each request to verify: the n most likely ones, with the n of the most tokens per second.
+    """How many drafts of each request to verify: the n most likely ones, for the n with the most tokens per second.
 
     The rule is that of TETRIS (arXiv 2502.15197), with the budget n found from the cost.
 

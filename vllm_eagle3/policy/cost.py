@@ -1,6 +1,6 @@
-"""The time of a decode step: a model of its parts, and its correction by the times seen while serving.
+"""The time of a decode step: a model of its parts, and the correction of this model by observed times.
 
-All times are seconds. Nothing here knows vLLM.
+All times are in seconds. Nothing here uses vLLM.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Curve = dict[int, float]  # size (tokens or rows) -> seconds
 
 
 def interpolate(curve: Mapping[int, float], size: float) -> float:
-    """Piecewise linear through the points of `curve`; outside of them its end slopes continue (never below 0).
+    """Piecewise linear through the points of `curve`. Outside of them the slopes at its ends continue (never below 0).
 
     Raises ValueError for an empty curve.
     """
@@ -117,7 +117,7 @@ class SeenCost:
     def observe(self, batch: int, drafts: int, base: float, seconds: float) -> None:
         """Learn from a pure decode step that both verified and made `drafts` drafts a request.
 
-        base: `base` of the work that the step really did, which is less where drafting stopped early.
+        base: `base` of the work that the step really did, which is less if drafting stopped early.
         """
         if seconds <= 0.0:
             raise ValueError(f"a step takes more than 0 seconds, found {seconds}")

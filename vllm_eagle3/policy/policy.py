@@ -1,4 +1,4 @@
-"""How much to draft: the number of drafts a step, zero included, that gives the most tokens a second.
+"""How much to draft: chooses the shape of a step, or no drafts, that gives the most tokens per second.
 
 Expected tokens come from measured acceptance, step times from `cost.SeenCost`. Pure Python, no engine.
 """
@@ -17,26 +17,26 @@ from vllm_eagle3.policy.shape import NOTHING, Shape
 
 
 class Policy:
-    """Chooses one shape a step for the whole batch.
+    """Chooses one shape per step for the whole batch.
 
     `best` is the shape with the highest batch * expected tokens / step time. It is never larger than the best shape of
-    a smaller batch with the same acceptance: more load never drafts more.
+    a smaller batch with the same acceptance: a higher load never drafts more.
 
-    `choose` is `best` with hysteresis on the way up, plus probes that take at most `probe_share` of the time. At K = 0
-    a few requests draft the smallest shape in one step now and then, so that drafting can come back. Otherwise a
-    neighbouring shape whose cost was not seen lately gets a few steps.
+    `choose` is `best` with hysteresis for larger shapes, and with probes that take at most `probe_share` of the time.
+    At K = 0 a few requests sometimes draft the smallest shape for one step, so that drafting can begin again. Otherwise
+    a neighbouring shape whose cost was not seen lately is used for a few steps.
     """
 
     TIE = 0.005
     PROBE_REQUESTS = 8  # at K = 0 one request in 8 probes
-    PROBE_KEEP = 0.75  # what such a probe leaves of the acceptance known before
-    MAX_CREDIT = 8.0  # steps' worth of probing that can be saved up
-    PROBE_LOSS = 0.1  # what such a probe costs at least, in steps a probing request, whatever is expected
-    DOUBTFUL_LOSS = 0.5  # the same while the draft is of no use: about one step in 70 probes
+    PROBE_KEEP = 0.75  # share of the earlier acceptance counts that such a probe keeps
+    MAX_CREDIT = 8.0  # the most steps of probing that can be saved
+    PROBE_LOSS = 0.1  # the least cost of such a probe, in steps per probing request
+    DOUBTFUL_LOSS = 0.5  # the same while hardly any draft is accepted: about one step in 70 is a probe
     PROBE_FLOOR = 0.8  # neighbours expected to be slower than this share of the current speed are not probed
 
-    REQUEST_WINDOW = 32.0  # drafts a request's own acceptance looks back
-    REQUEST_PRIOR = 8.0  # observations that the batch's acceptance weighs against a request's own
+    REQUEST_WINDOW = 32.0  # drafts over which a request's own acceptance is measured
+    REQUEST_PRIOR = 8.0  # weight of the batch's acceptance beside a request's own, in observations
 
     def __init__(
         self,
@@ -172,7 +172,7 @@ class Policy:
         )
 
     def _unexplored(self, batch: int, context: float) -> Shape | None:
-        """Each shape a few times per batch bucket, the smallest first, while larger shapes are not clearly slower."""
+        """The next shape to explore in this batch bucket: each a few times, the smallest first, until one is slower."""
         fastest = 0.0
         for shape in self.shapes:
             tries = self._tries.get((bucket(batch), shape.nodes), 0)
@@ -186,7 +186,7 @@ class Policy:
         return None
 
     def _start_probe(self, batch: int, context: float, now: float) -> None:
-        """Start the next probe, if one is useful and the saved time covers the most that it can cost."""
+        """Start the next probe if one is useful and the saved time covers its greatest possible cost."""
         assert self.current is not None and self._credit is not None
         self._probe, self.probing = None, False
         at = self.shapes.index(self.current)
@@ -226,7 +226,7 @@ class Policy:
     # -- Observations
 
     def observe_accepted(self, results: Mapping[str, tuple[int, int]]) -> None:
-        """One step's verification: request id -> (nodes verified, drafts accepted). 0 nodes are ignored."""
+        """Learn from one verification: request id -> (nodes verified, drafts accepted). 0 nodes are ignored."""
         self._gains = {}
         seen: dict[tuple[bool, int], list[tuple[int, int]]] = {}
         for request, (nodes, accepted) in results.items():
@@ -242,7 +242,7 @@ class Policy:
             self.kinds[samples][family].observe([d for d, _ in pairs], [a for _, a in pairs], keep)
 
     def observe_lengths(self, shape: Shape, lengths: Sequence[int]) -> None:
-        """How many drafts each request of a batch of this shape got: fewer where chains stopped early."""
+        """Learn how many drafts each request of a batch of this shape got. There are fewer if chains stopped early."""
         if shape.family == 0 and shape.depth > 1:
             self._shares = []
             self.continuation.observe([shape.depth - 1] * len(lengths), [max(n - 1, 0) for n in lengths])
@@ -250,7 +250,7 @@ class Policy:
     def observe_seconds(
         self, batch: int, shape: Shape, context: float, seconds: float, verified: float, steps: int
     ) -> None:
-        """The time of a step that only decoded, and both verified and drafted `shape` for each of `batch` requests.
+        """Learn the time of a step that only decoded, and verified and drafted `shape` for each of `batch` requests.
 
         Where chains stopped early, it verified only `verified` drafts a request and took only `steps` draft steps.
         """

@@ -1,4 +1,4 @@
-"""The speculator that grows draft trees on a CPU, where nothing is captured in graphs."""
+"""The speculator that grows draft trees on a CPU, where there are no CUDA graphs."""
 
 from typing import Any
 
@@ -20,8 +20,7 @@ ENOUGH = 5.0  # tokens expected of a look-up, beside which a draft adds less tha
 class CPUTreeSpeculator(TreeSpeculator, CPUSpeculator):
     """TreeSpeculator whose steps are those of CPUSpeculator.
 
-    Weights may be in int8, and nothing runs that a level does not need. What lies between two levels is one native
-    call.
+    Weights may be in int8, and a level computes only what it needs. One C++ call does all work between two levels.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -37,7 +36,7 @@ class CPUTreeSpeculator(TreeSpeculator, CPUSpeculator):
 
     @property
     def grows(self) -> bool:
-        """Whether this step grows trees. Chains are made as CPUSpeculator makes them, which may stop early."""
+        """Whether this step grows trees. Otherwise CPUSpeculator makes chains, which may stop early."""
         return self.shape.width > 1 or (self.draws is not None and self.draws.active)
 
     def first_drafts(self) -> int:
@@ -62,13 +61,13 @@ class CPUTreeSpeculator(TreeSpeculator, CPUSpeculator):
         return not self.may_stop or bool((found.survival.sum(dim=1) < ENOUGH)[decoding].any())
 
     def mark_unused(self, drafts: torch.Tensor, requests: torch.Tensor) -> None:
-        """Unused nodes become NOT_DRAFTED, so that the scheduler does not have them verified."""
+        """Set unused nodes to NOT_DRAFTED, so that the scheduler does not let the target verify them."""
         if self.tree_state is not None and not self.vllm_config.scheduler_config.async_scheduling:
             parents = self.tree_state.parents[requests, 1 : drafts.shape[1] + 1]
             drafts.masked_fill_(parents == UNUSED, NOT_DRAFTED)
 
     def first_step(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """The first draft step; its states are kept, because the tree grows from them."""
+        """The first draft step. Its states are kept, because the tree grows from them."""
         normed, states = super().first_step(*args, **kwargs)
         self.hidden_states[: len(states)] = states
         return normed, states
@@ -79,7 +78,7 @@ class CPUTreeSpeculator(TreeSpeculator, CPUSpeculator):
         return self.model.step(level.tokens, level.states, level.positions, None, metadata)
 
     def _path_metadata(self, batch: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """The slots of the draft's layer. It makes the metadata of its queries itself."""
+        """The slots of the draft's layer. `first_step` makes the metadata of its queries."""
         slots = self.block_tables.compute_slot_mappings(
             batch.idx_mapping, batch.query_start_loc, batch.positions, batch.num_tokens
         )

@@ -1,4 +1,4 @@
-"""Grafts in Model Runner V2: what followed a request's newest tokens before joins its draft tree."""
+"""Grafts in Model Runner V2: tokens that followed an earlier occurrence of a request's newest tokens join its tree."""
 
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ class Grafts:
     def __init__(self, options: GraftOptions, req_states: Any) -> None:
         """req_states: the runner's RequestState.
 
-        When trees grow it holds each prompt and answer, with the tokens that the last step accepted and sampled.
+        While trees grow it contains each prompt and answer, with the tokens that the last step accepted and sampled.
         """
         self.options, self.req_states = options, req_states
 

@@ -1,4 +1,4 @@
-"""Which speculator the V2 model runner gets: this project's chain or tree, or vLLM's own."""
+"""Chooses the speculator of the V2 model runner: this project's for chains or trees, or vLLM's own."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from vllm_eagle3.runner.v2.tree_limits import refuse_unsupported
 
 
 def init_speculator(vllm_config: VllmConfig, device: torch.device, req_states: Any) -> Any:
-    """Replaces vLLM's function of this name. Drafts that this project does not serve get vLLM's speculator."""
+    """Replaces vLLM's function of this name. Drafts that this project does not support get vLLM's speculator."""
     draft_config = activate(vllm_config)
     if draft_config is None:
         return stock_init_speculator(vllm_config, device, req_states)

@@ -35,24 +35,24 @@ def distributions(model: Any, requests: int, expansions: int, dtype: torch.dtype
 
 
 class TreeDraws:
-    """Children of nodes, drawn where a request draws, and the distributions that they were drawn from.
+    """Children of nodes, drawn for requests that draw, and the distributions that they were drawn from.
 
-    The distributions lie in the tree state, where verification reads them. A step calls `begin`, then `children` for
-    each level of the growth, and `record` once the trees have their final numbers.
+    The distributions are in the tree state, where verification reads them. A step calls `begin`, then `children` for
+    each level of the growth, and `record` when the trees have their final node numbers.
     """
 
     def __init__(self, model: Any, tree: TreeOptions, tree_state: TreeState, dtype: torch.dtype) -> None:
         """model: the draft. dtype: that the distributions are kept in."""
         self.model, self.width, self.tree_state = model, tree.topk, tree_state
         self.requests = torch.empty(0, dtype=torch.int64)
-        self.active = False  # whether some request of this batch draws
+        self.active = False  # whether any request of this batch draws
         expansions = 1 + (tree.depth - 1) * tree.topk
         self.places = torch.zeros(len(tree_state.drawn), expansions, tree.topk)
         self.expanded = torch.zeros(len(tree_state.drawn), tree.nodes + 1, dtype=torch.int64)
         tree_state.draws = distributions(model, len(tree_state.drawn), expansions, dtype, "trees")
 
     def begin(self, requests: torch.Tensor, width: int) -> None:
-        """A batch of these requests (int64 [batch], request-state index) grows trees of `width` children a node."""
+        """Begin a batch of these requests (int64 [batch], request-state index) with `width` children per node."""
         self.requests, self.width = requests, width
         self.active = bool(self.tree_state.drawn[requests].any())
 
@@ -81,7 +81,10 @@ class TreeDraws:
         return partial(DrawnGrowth, self.places[at, :, : self.width], self.expanded[at])
 
     def record(self, number: torch.Tensor, given: torch.Tensor) -> None:
-        """The trees that are verified: number and added of `tree.graft.Grafted`. No tree: only roots have numbers."""
+        """Keep the numbers of the trees that will be verified: number and added of `tree.graft.Grafted`.
+
+        Without a tree only roots have numbers.
+        """
         state, columns = self.tree_state, number.shape[1]
         beyond = state.expanded.shape[1]
         expanded = number.new_full((len(number), beyond + 1), -1)
@@ -92,7 +95,7 @@ class TreeDraws:
 
 
 class DrawnGrowth(Growth):
-    """Growth that keeps nodes by the values of their places, and tells which expansion each node is."""
+    """Growth that keeps nodes by the values of their places, and records the expansion of each node."""
 
     def __init__(self, places: torch.Tensor, expanded: torch.Tensor, *args: Any) -> None:
         """places: float [batch, expansions, width], read by level; expanded: int64 [batch, nodes + 1], written."""

@@ -28,10 +28,10 @@ from vllm_eagle3.tree.growth import Growth
 
 
 class TreeSpeculator(Eagle3Speculator):
-    """Grows a tree per request from the target's states along the accepted path.
+    """Grows a tree for each request from the target's states along the accepted path.
 
-    The first draft step is that of a chain, run on the accepted path only. From its last row the tree grows level by
-    level: one pass of the draft layer over the expanded nodes of all requests, with their KV in scratch memory.
+    The first draft step is a chain's, over the accepted path only. From its last row the tree grows level by level,
+    each with one pass of the draft's layer over the expanded nodes of all requests, whose KV is in scratch memory.
     """
 
     model: Any  # the draft, vllm_eagle3.model.draft
@@ -39,7 +39,7 @@ class TreeSpeculator(Eagle3Speculator):
     def __init__(
         self, vllm_config: VllmConfig, device: torch.device, options: Eagle3Options, req_states: Any
     ) -> None:
-        """req_states: the runner's RequestState, whose texts grafts are looked up in."""
+        """req_states: the runner's RequestState, which has the texts for grafts."""
         super().__init__(vllm_config, device)
         assert options.tree is not None
         self.tree = tree = options.tree
@@ -68,8 +68,8 @@ class TreeSpeculator(Eagle3Speculator):
         # vLLM asks the target for this hook. It is set on the instance.
         target_model.get_model_state_cls = lambda: TreeModelState  # type: ignore[assignment]
         super().load_model(target_model)
-        # Requests whose trees grow together: the rows of a level must not be more than the compiled draft takes, and
-        # their logits must fit in memory.
+        # The number of requests whose trees grow together. The rows of a level must not be more than the compiled draft
+        # accepts, and their logits must fit in memory.
         rows = min(self.max_num_tokens, MOST_LOGITS // self.model.draft_config.draft_vocab_size)
         self.group = max(rows // self.tree.topk, 1)
         (self.draft_attn_layer_name,) = self.draft_attn_layer_names
@@ -86,13 +86,13 @@ class TreeSpeculator(Eagle3Speculator):
         self.draws = self.make_draws(self.tree_state)
 
     def make_draws(self, tree_state: TreeState) -> TreeDraws | None:
-        """What draws nodes for requests that sample; None where all take the likeliest."""
+        """The object that draws nodes for requests that sample; None if all requests take the likeliest."""
         return None
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
-        """Prepare CUDA graphs of the growth: one graph holds all levels for one batch size.
+        """Prepare CUDA graphs of the growth: one graph contains all levels for one batch size.
 
-        The first draft step runs eagerly, because its rows are not those that upstream captures.
+        The first draft step runs eagerly, because upstream captures other rows.
         """
         super().init_cudagraph_manager(CUDAGraphMode.NONE)
         full = cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
@@ -143,8 +143,8 @@ class TreeSpeculator(Eagle3Speculator):
     ) -> torch.Tensor:
         """Draft ids [num_reqs, num_speculative_tokens], as upstream's; their parents go to the tree state.
 
-        Where the number of drafts depends on the batch, num_speculative_tokens names a shape of the policy's menu, or
-        else cuts the tree to its best nodes.
+        If the policy chooses the number of drafts, num_speculative_tokens is the number of nodes of a shape in its
+        menu. Otherwise the tree is cut to this number of its best nodes.
         """
         budget = self.num_speculative_steps if num_speculative_tokens is None else num_speculative_tokens
         self.shape = self.shapes.get(budget, self.largest)
@@ -183,7 +183,7 @@ class TreeSpeculator(Eagle3Speculator):
         return drafts
 
     def first_drafts(self) -> int:
-        """How many drafts the chain has that is made before trees grow: of its first draft step, trees grow."""
+        """How many drafts are made as a chain before trees grow from the first draft step."""
         return 1
 
     def drafts_beside(self, found: Found, decoding: torch.Tensor) -> bool:
@@ -209,7 +209,7 @@ class TreeSpeculator(Eagle3Speculator):
         return tokens
 
     def mark_unused(self, drafts: torch.Tensor, requests: torch.Tensor) -> None:
-        """Unused nodes have token 0: what is promised to the scheduler is read as it is."""
+        """Does nothing here: unused nodes have token 0, because the scheduler expects a draft in every place."""
 
     def sample_draft(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Keep the root's children. The first draft step calls this with the last row of each request."""
@@ -227,7 +227,7 @@ class TreeSpeculator(Eagle3Speculator):
         return self.model.top_children(hidden_states, self.shape.width)
 
     def _grow(self, input_batch: Any, nodes: int, attend: bool) -> None:
-        """Writes `nodes` nodes or more of each request's tree to draft_tokens and parents.
+        """Write at least `nodes` nodes of each request's tree to draft_tokens and parents.
 
         attend: False only while memory is profiled, when there is no KV cache.
         """
@@ -242,10 +242,10 @@ class TreeSpeculator(Eagle3Speculator):
             self._grow_rows(slice(first, min(first + self.group, batch)), nodes, attend)
 
     def _grow_rows(self, at: slice, nodes: int, attend: bool) -> None:
-        """Grow the trees of the requests `at`. Reads and writes buffers and nothing on the host, for CUDA graphs."""
+        """Grow the trees of the requests `at`. Uses only buffers and no values on the host, as CUDA graphs require."""
         depth, topk = self.shape.depth, self.shape.width
-        last = self.input_buffers.positions[at]  # row that the tree grows from
-        # The compiled draft was traced with ids of this dtype, and misreads ids of another.
+        last = self.input_buffers.positions[at]  # position of the row from which the tree grows
+        # The compiled draft was traced with ids of this dtype, and reads ids of another dtype wrongly.
         id_dtype = self.input_buffers.input_ids.dtype
         grow = self.draws.growth(at) if self.draws is not None and self.draws.active else self.growth
         growth = grow(depth, topk, self.chain[at], last, self.max_model_len - 1, id_dtype)
@@ -264,7 +264,7 @@ class TreeSpeculator(Eagle3Speculator):
     def draft_level(
         self, level: cpu.Level, metadata: PathMetadata | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run the draft over the nodes of a level: norm(a) and what it hands on, both [batch * topk, hidden]."""
+        """Run the draft over the nodes of a level: norm(a) and the children's g, both [batch * topk, hidden]."""
         attention = metadata and {self.draft_attn_layer_name: metadata}
         rows = len(level.tokens)
         # Without slots the layer writes nothing to the sequence's cache.

@@ -1,4 +1,4 @@
-"""What the four phases of a draft tree share: growth, mask, verification and commit read and write one `TreeState`."""
+"""The state that the four phases of a draft tree share: growth, mask, verification and commit use one `TreeState`."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -22,7 +22,7 @@ class DrawnFrom(NamedTuple):
 
 @dataclass
 class TreeStep:
-    """Where the rows of this step's trees are. Entries past a request's drafts repeat the row of its root."""
+    """The rows of this step's trees in the batch. Entries after a request's drafts repeat the row of its root."""
 
     requests: torch.Tensor  # int64 [batch], request-state index
     rows: torch.Tensor  # int64 [batch, nodes + 1], row of each node in the batch
@@ -34,16 +34,16 @@ class TreeStep:
 class TreeState:
     """The trees of all requests, on the device, one row per request-state index.
 
-    `TreeModelState` owns it and hands it to the rejection sampler and to the speculator. In the order of a step:
+    `TreeModelState` owns it and gives it to the rejection sampler and to the speculator. In the order of a step:
 
-    1. `prepare`, before the target's forward, places the trees of the last step in the batch and writes the mask.
+    1. `prepare`, before the target's forward pass, finds the rows of the last step's trees and writes the mask.
     2. `record_path`, in the rejection sampler, keeps the path that the target accepted.
-    3. `path_rows`, in the commit and in the speculator, says which rows of the batch that path is.
-    4. `record_growth`, in the speculator, keeps the parents of the tree for the next step.
+    3. `path_rows`, in the commit and in the speculator, returns the rows of this path.
+    4. `record_growth`, in the speculator, keeps the parents of the new tree for the next step.
     """
 
     def __init__(self, requests: int, nodes: int, tokens: int, device: torch.device) -> None:
-        """requests, tokens: most of a batch. nodes: most drafts of a request, the root excluded."""
+        """requests, tokens: the most of a batch. nodes: the most drafts of a request, without the root."""
 
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(*shape, dtype=torch.int64, device=device)
@@ -60,7 +60,7 @@ class TreeState:
         self.match = zeros(requests)  # length of the match that each graft was looked up with
         self.rates = MatchRates(requests, device)
         self.draws: DrawnFrom | None = None  # None: no nodes are drawn
-        # The addresses stay, because a CUDA graph of the target may hold them.
+        # The addresses must not change, because a CUDA graph of the target may use them.
         self.mask = TreeMask(root=zeros(tokens), bits=zeros(tokens) + 1, positions=zeros(tokens))
         self.prefix_lens = torch.zeros(
             requests, dtype=torch.int32, device=device
@@ -68,7 +68,7 @@ class TreeState:
         self.step: TreeStep | None = None
 
     def add_request(self, request: int, chain_only: bool, drawn: bool) -> None:
-        """Clear the row of a new request: the request that had it before may have left a tree."""
+        """Clear the row of a new request, because an earlier request may have left a tree in it."""
         self.parents[request] = UNUSED
         self.linear[request] = True
         self.chain_only[request] = chain_only
@@ -97,10 +97,10 @@ class TreeState:
         """Begin a step: place the trees that `record_growth` kept. Returns the mask of the batch's rows.
 
         requests: int64 [batch], request-state index. roots, counts: see `node_rows`. linear_positions, slot_mappings:
-        int64 [tokens] and [kv_cache_groups, tokens], what vLLM gave the rows as if each tree were a chain.
+        int64 [tokens] and [kv_cache_groups, tokens], vLLM's values for the rows, in which each tree is a chain.
         """
         rows, used = self.node_rows(roots, counts)
-        # On a GPU, finding out would wait for the device.
+        # On a GPU this would wait for the device.
         linear = rows.device.type == "cpu" and bool(self.linear[requests].all())
         self.step = TreeStep(requests, rows, slot_mappings, has_drafts, linear)
         depth, bits = ancestor_bits(self.parents[requests])
@@ -144,7 +144,7 @@ class TreeState:
         self.rates.observe(requests, self.match[requests], verified, on_graft.sum(dim=1), len(nodes))
 
     def drawn_trees(self, requests: torch.Tensor) -> DrawnTrees:
-        """What verification has to know of the drawn trees of these requests."""
+        """The data that verification needs for the drawn trees of these requests."""
         assert self.draws is not None
         q, draft_ids, target_ids = self.draws
         return DrawnTrees(q[requests], self.expanded[requests], self.given[requests], draft_ids, target_ids)
