@@ -105,7 +105,9 @@ def settings_of(arguments: argparse.Namespace) -> SweepSettings:
             arguments.batch_sizes[:2],
             arguments.native_tokens[:1],
         )
-    fields = {name: getattr(arguments, name) for name in SweepSettings.__dataclass_fields__}
+    fields = {
+        name: getattr(arguments, name) for name in SweepSettings.__dataclass_fields__ if name != "options"
+    }
     fields["data"] = tuple(arguments.data)
     for name in ("target", "draft"):
         fields[name] = fields[name] or (f"shape {arguments.shape}" if arguments.shape else "")
