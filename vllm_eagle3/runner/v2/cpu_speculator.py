@@ -101,6 +101,7 @@ class CPUSpeculator(Eagle3Speculator):
         if self.chain_draws is not None:
             model_state.draws = self.chain_draws
 
+    # Long: a third is vLLM's signature.
     @torch.inference_mode()
     def propose(
         self,
