@@ -150,13 +150,12 @@ class CPUSpeculator(Eagle3Speculator):
         self.draft_max_seq_len = min(int(longest.max()) + most, self.max_model_len)
         first = self.first_step(*inputs, self._metadata(batch, longest, 0), rows=rows)
         buffers.positions[:batch] = first_positions
-        confident = self._confident(input_batch.idx_mapping)
         chain = draft_chain(
             first,
             most,
             lambda index, ids, state: self._next_step(batch, longest, index, ids, state),
             lambda index, states: self._sample(batch, first_positions, index, states, greedy),
-            confident if may_stop else None,
+            self._confident(input_batch.idx_mapping) if may_stop else None,
         )
         self.chain_probabilities = chain.probabilities
         made = torch.stack(chain.ids, dim=1)
