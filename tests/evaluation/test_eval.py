@@ -96,8 +96,12 @@ def test_settings_survive_json(data: Path) -> None:
             {"modes": ("reference-tree+graft",)},
             "--modes: reference-tree.graft needs reference-tree as well",
         ),
-        ({"modes": ("none", "tree+graft")}, "--modes: tree.graft needs tree beside it"),
+        ({"modes": ("none", "tree+graft")}, "--modes: tree.graft needs tree as well"),
         ({"draft_sampling": "random"}, "--draft-sampling: expected auto or greedy, found random"),
+        (
+            {"modes": ("chain", "chain+graft"), "num_speculative_tokens": 17},
+            "--num-speculative-tokens: expected at most 16 with chain.graft",
+        ),
         ({"batch_size": 0}, "--batch-size: expected at least 1, found 0"),
         ({"temperature": -1.0}, "--temperature"),
         ({"data": ("/no/such/file",)}, "--data: .* found none at /no/such/file"),
@@ -118,6 +122,7 @@ def test_a_graft_has_places_of_its_own(data: Path) -> None:
         14,
     ]
     assert replace(settings, tree=TreeOptions()).places("tree+graft") == 62  # no tree has more
+    assert replace(settings, num_speculative_tokens=17).places("chain") == 17  # a chain is no tree
 
 
 @pytest.mark.parametrize("shape", ["6,10", "a,b,c", "0,10,60", "6,10,63"])

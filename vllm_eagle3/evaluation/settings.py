@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from vllm_eagle3.config import DRAFT_SAMPLING, GraftOptions, TreeOptions
+from vllm_eagle3.config import DRAFT_SAMPLING, Eagle3Options, GraftOptions, TreeOptions
 from vllm_eagle3.prompts import Prompt, load_prompts
 
 MODES = {
@@ -23,7 +23,7 @@ MODES = {
     "reference-chain+graft": "the chain in plain transformers, with a graft",
     "reference-tree+graft": "the tree in plain transformers, with a graft",
 }
-MOST_NODES = 62  # of a tree, the root excluded
+MOST_NODES, MOST_DEPTH = 62, 16  # of a tree without its root, as TreeOptions
 GRAFT = "+graft"  # suffix of modes with grafts
 
 
@@ -48,7 +48,7 @@ class EvalSettings:
     tree: TreeOptions = TreeOptions()
     graft: GraftOptions = GraftOptions()
     temperature: float = 0.0
-    draft_sampling: str = "auto"
+    draft_sampling: str = Eagle3Options.draft_sampling
     batch_size: int = 1
     max_tokens: int = 256
     limit: int | None = None
@@ -67,6 +67,12 @@ class EvalSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, found {value}")
+        grafted = any(mode.endswith(f"chain{GRAFT}") for mode in self.modes)
+        if grafted and self.num_speculative_tokens > MOST_DEPTH:
+            raise ValueError(
+                f"--num-speculative-tokens: expected at most {MOST_DEPTH} with chain{GRAFT}, which is a tree, "
+                f"found {self.num_speculative_tokens}"
+            )
         if self.temperature < 0:
             raise ValueError(f"--temperature: expected at least 0, found {self.temperature}")
         if self.draft_sampling not in DRAFT_SAMPLING:
@@ -86,7 +92,8 @@ class EvalSettings:
 
     def places(self, mode: str) -> int:
         """Most nodes that a mode drafts: a graft has places of its own, as far as a tree can have so many."""
-        nodes = self.shape(mode).nodes
+        is_tree = mode.removesuffix(GRAFT).endswith("tree")
+        nodes = self.tree.nodes if is_tree else self.num_speculative_tokens
         return min(nodes + self.graft.length, MOST_NODES) if mode.endswith(GRAFT) else nodes
 
     def to_json(self) -> str:
