@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Shape:
-    """What each request drafts: `nodes` drafts, at most `depth` deep, `width` nodes expanded a level (chain: 1).
+    """What each request drafts: `nodes` drafts, at most `depth` deep, with `width` nodes expanded per level (chain: 1).
 
-    A graft of up to `graft` tokens may be among the nodes, and is no draft step.
+    A graft of up to `graft` tokens may be among the nodes. It needs no draft step.
     """
 
     nodes: int
@@ -24,12 +24,12 @@ class Shape:
 
     @property
     def family(self) -> int:
-        """Shapes of a family share their acceptance: all chains do, each tree size has its own."""
+        """Shapes of a family share their acceptance. All chains are one family, and each tree size is another."""
         return 0 if self.width == 1 and not self.graft else self.nodes
 
     @property
     def reach(self) -> int:
-        """Most drafts that a verification can accept."""
+        """The most drafts that a verification can accept."""
         return min(self.nodes, max(self.depth, self.graft))
 
 
@@ -37,7 +37,7 @@ NOTHING = Shape(0, 0)
 
 
 def shape_name(nodes: int, tree: bool) -> str:
-    """For operators: "none", "chain of 3", "tree of 12"."""
+    """The name of a shape in logs and metrics: "none", "chain of 3", "tree of 12"."""
     return f"{'tree' if tree else 'chain'} of {nodes}" if nodes else "none"
 
 
@@ -48,10 +48,10 @@ CHAIN_AND_GRAFT = Shape(7, 3)
 
 
 def menu(largest: Shape) -> tuple[Shape, ...]:
-    """All shapes inside a tree: nothing, chains up to its depth, trees of TREES that fit, and itself, ascending.
+    """All shapes inside a tree, ascending: nothing, chains up to its depth, the trees of TREES that fit, and itself.
 
-    If the largest tree has grafts, all trees do, and a short chain with room for a graft is one of them. No two shapes
-    have equally many nodes, because vLLM tells a worker nothing but that number.
+    If the largest tree has grafts, all trees have them, and there is also a short chain with room for a graft. All
+    shapes differ in their number of nodes, because vLLM tells a worker only that number.
     """
     grafted = [CHAIN_AND_GRAFT] if largest.graft and largest.depth < CHAIN_AND_GRAFT.nodes else []
     trees = [

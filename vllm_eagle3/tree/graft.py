@@ -1,9 +1,9 @@
-"""Graft: a continuation that the look-up found joins the grown tree, in as many places as a tree has.
+"""Graft: adds a continuation that the look-up found to the grown tree, within the tree's number of places.
 
-The graft's nodes come first, one below the other from the root; then the nodes of the tree, best first, without
-those that carry the same path. What goes beyond the number of places is left out. So a graft takes the places of the
-tree's least likely nodes, the cost of a verification stays what it was, and a prefix of the result is the best
-smaller one, as with a grown tree. A graft may be deeper than the draft grows.
+The graft's nodes come first, as a path from the root. The nodes of the tree follow, best first, without those whose
+path the graft already has. Only as many nodes as there are places are kept. So a graft replaces the tree's least likely
+nodes, verification costs the same as before, and the first n nodes of the result are the best tree of n nodes, as in a
+grown tree. A graft may be deeper than the grown tree.
 """
 
 from typing import NamedTuple
@@ -21,20 +21,20 @@ class Grafted(NamedTuple):
 
     tokens: Tensor  # int64 [batch, places]
     parents: Tensor  # int64 [batch, places]
-    added: Tensor  # int64 [batch], nodes of the graft: they are the first
-    number: Tensor  # int64 [batch, nodes + 1], of each node of the grown tree: its number now, `places` + 1 if left out
+    added: Tensor  # int64 [batch], number of the graft's nodes, which are the first
+    number: Tensor  # int64 [batch, nodes + 1], the new number of each node of the grown tree, `places` + 1 if left out
 
 
 def worthwhile(survival: Tensor, values: Tensor, places: int) -> Tensor:
     """How many tokens of each continuation are at least as likely as the nodes whose places they take, int64 [batch].
 
-    The first token takes the last of the `places`, the second the last but one, and so on.
+    The first token takes the last of the `places`, the second the place before it, and so on.
 
     Args:
         survival: float [batch, length], probability that a continuation is accepted up to and with each token.
-        values: float [batch, nodes], what the tree's nodes were kept by, best first: log-probabilities of their paths
-            or, of drawn nodes, of their places. Those do not depend on the tokens drawn there, so the choice loses
-            nothing.
+        values: float [batch, nodes], by which the tree's nodes were kept, best first: log-probabilities of their paths
+            or, for drawn nodes, of their places. The latter do not depend on the tokens drawn there, so that this
+            choice does not change the distribution of the output.
         places: nodes of a merged tree.
     """
     taken = pad(values.exp(), (0, max(places - values.shape[1], 0)))[:, :places].flip(1)
@@ -50,10 +50,10 @@ def graft(
     Args:
         tokens: int64 [batch, nodes], of grown trees as in `growth.Tree`, unused nodes last.
         parents: int64 [batch, nodes], of the same trees.
-        continuation: int64 [batch, length], from its first token on what may follow the root; -1 past its end.
-        places: nodes of a tree with its graft, the root left out; at most 63.
-        chain: bool [batch], requests whose tree is a chain and has to stay one: where their graft is no longer or
-            shorter form of the chain, the chain is kept.
+        continuation: int64 [batch, length], tokens that may follow the root; -1 after its end.
+        places: nodes of a tree with its graft, without the root; at most 63.
+        chain: bool [batch], requests whose tree is a chain and must stay one. Their chain is kept unless one of graft
+            and chain is the beginning of the other.
 
     Raises ValueError if nodes is more than a tree can have (63).
     """
@@ -69,7 +69,7 @@ def graft(
     if chain is not None:
         added = added.masked_fill(chain[:, None] & (shared < torch.minimum(added, used)), 0)
 
-    # Node numbers of the tree's nodes in the result: those on the shared path have the graft's, their depth.
+    # Numbers of the tree's nodes in the result. A node on the shared path has the graft's number, which is its depth.
     node = torch.arange(all_parents.shape[1], device=tokens.device)
     on_path = torch.zeros_like(all_parents, dtype=torch.bool)
     on_path.scatter_(
@@ -79,7 +79,7 @@ def graft(
     number = torch.where(on_path, depth, added + others.cumsum(1))
     parent = number.gather(1, all_parents.clamp(min=0))
 
-    # One column more than there are places, for whatever is left out.
+    # One column more than there are places, for the nodes that are left out.
     column = torch.where(others, (number - 1).clamp(max=places), places)
     grafted = torch.arange(length, device=tokens.device)
     fresh = grafted < added

@@ -1,4 +1,4 @@
-"""Chains that are drawn for requests that sample, in Model Runner V2 on a CPU: the draft's side and the target's."""
+"""Draws and verifies chains for requests that sample, in Model Runner V2 on a CPU."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ class ChainDraws:
     """The distributions that the drafts of chains were drawn from, over the draft's own vocabulary."""
 
     def __init__(self, model: Any, requests: int, drafts: int, dtype: torch.dtype) -> None:
-        """model: the draft. requests: most of a batch. drafts: most of a request. dtype: of the distributions."""
+        """model: the draft. requests, drafts: the most of a batch and of a request. dtype: of the distributions."""
         self.model = model
         self.drawn_from = distributions(model, requests, drafts, dtype, "chains")
         self.drawn = torch.zeros(requests, dtype=torch.bool)  # requests whose drafts are drawn
@@ -28,7 +28,7 @@ class ChainDraws:
     def draw(
         self, hidden_states: torch.Tensor, requests: torch.Tensor, temperature: torch.Tensor, step: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Target ids and probabilities [batch] of the drafts of a step, drawn where the request draws.
+        """Target ids and probabilities [batch] of the drafts of a step, which are drawn if the request draws.
 
         hidden_states: normed outputs [batch, h]. temperature: float [requests], by request-state index.
         """
@@ -39,7 +39,7 @@ class ChainDraws:
         return target_ids[found.ids[:, 0]], found.log_probs[:, 0].exp()
 
     def chains(self, requests: torch.Tensor, columns: int) -> DrawnTrees:
-        """What verification has to know of the chains of these requests, of up to `columns` - 1 drafts."""
+        """The data that verification needs for the chains of these requests, of up to `columns` - 1 drafts."""
         q, draft_ids, target_ids = self.drawn_from
         step = torch.arange(columns)
         expanded = torch.where(step < q.shape[1], step, -1).repeat(len(requests), 1)
@@ -47,9 +47,9 @@ class ChainDraws:
 
 
 class ChainModelState(DefaultModelState):
-    """Notes which requests may draw, and verifies their drafts by a rule of its own."""
+    """Keeps which requests may draw, and verifies their drafts by another rule."""
 
-    draws: ChainDraws  # handed in by the speculator
+    draws: ChainDraws  # set by the speculator
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         super().add_request(req_index, new_req_data)
@@ -61,7 +61,7 @@ class ChainModelState(DefaultModelState):
 
 
 class ChainRejectionSampler(RejectionSampler):
-    """Drawn chains go by `tree.drawn.accept_drawn`, the others by vLLM's rule for drafts without a distribution."""
+    """Verifies drawn chains by `tree.drawn.accept_drawn`, others by vLLM's rule for drafts without a distribution."""
 
     def __init__(self, state: ChainModelState, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -29,16 +29,16 @@ class Grafts:
         self.options, self.req_states = options, req_states
 
     def look_up(self, input_batch: Any, trees: TreeState, num_sampled: torch.Tensor) -> Found:
-        """Learn what the last grafts of a batch were worth, and find its next continuations.
+        """Learn the acceptance of a batch's last grafts, and find its next continuations.
 
-        input_batch: what was verified. num_sampled: int [batch], tokens that it gave to each request. The drafts of a
-        request whose prompt is not read yet are never verified.
+        input_batch: the verified batch. num_sampled: int [batch], tokens that each request got. The drafts of a request
+        whose prompt is not read yet are never verified.
         """
         states, length = self.req_states, self.options.length
         batch, requests = input_batch.num_reqs, input_batch.idx_mapping
         drafted = input_batch.cu_num_logits[: batch + 1].diff().long() - 1
         trees.learn_from_grafts(requests, drafted, num_sampled.long() - 1)
-        longest = int(input_batch.seq_lens_cpu_upper_bound[:batch].max()) + 1  # of texts; known on the host
+        longest = int(input_batch.seq_lens_cpu_upper_bound[:batch].max()) + 1  # the longest text
         texts = states.all_token_ids.gpu[requests, :longest]
         ends = states.total_len.gpu[requests].clamp(max=longest)
         found = look_up(texts, ends, length, self.options.min_match)
@@ -54,10 +54,10 @@ class Grafts:
         places: int,
         chain: torch.Tensor,
     ) -> Grafted:
-        """The trees with as much of their grafts as is worth its places; see `tree.graft`.
+        """The trees with those tokens of their grafts that are likelier than the nodes they replace; see `tree.graft`.
 
-        tokens, parents: int64 [batch, nodes], the grown trees. values: float [batch, nodes], what their nodes were
-        kept by. chain: bool [batch], requests that need a chain.
+        tokens, parents: int64 [batch, nodes], the grown trees. values: float [batch, nodes], by which their nodes were
+        kept. chain: bool [batch], requests that need a chain.
         """
         step = torch.arange(found.tokens.shape[1], device=tokens.device)
         beyond = step >= worthwhile(found.survival, values, places)[:, None]
