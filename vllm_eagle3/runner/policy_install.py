@@ -1,4 +1,4 @@
-"""Put the cost policy in charge of an engine: its scheduler class, and the numbers of drafts that it may choose."""
+"""Installs the cost policy in an engine: sets its scheduler class and the numbers of drafts that it may choose."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ logger = logging.getLogger("vllm.eagle3")
 
 SCHEDULER = "vllm_eagle3.runner.policy_scheduler.build_scheduler"
 FIXED_SCHEDULER = "vllm_eagle3.runner.policy_scheduler.build_fixed_scheduler"
-MOST_REQUESTS = 512  # in the widest CUDA graph, as vLLM's default
+MOST_REQUESTS = 512  # requests in the widest CUDA graph, as in vLLM's default
 MOST_TOKENS = (
     1024  # in a CUDA graph that drafts: FlashAttention 3 keeps 32 fp32 partial outputs a token (4 bytes each)
 )
@@ -26,9 +26,9 @@ MOST_TOKENS = (
 def install(vllm_config: VllmConfig, options: Eagle3Options) -> bool:
     """Make `vllm_config` use the policy if the options say so. Idempotent. Returns whether it does.
 
-    To be called for method eagle3 before vLLM derives its CUDA graph sizes from the config (at the start of
-    `VllmConfig.__post_init__`), in the process that builds the config. Where something else already decides the
-    number of drafts, the policy is not installed, with a warning.
+    Call it for method eagle3 before vLLM derives its CUDA graph sizes from the config (at the start of
+    `VllmConfig.__post_init__`), in the process that builds the config. If something else already decides the number of
+    drafts, the policy is not installed, and a warning says so.
     """
     if in_charge(vllm_config):
         return True
@@ -52,7 +52,7 @@ def install(vllm_config: VllmConfig, options: Eagle3Options) -> bool:
         given = graphs.cudagraph_capture_sizes or graphs.max_cudagraph_capture_size
         if given is None:
             graphs.cudagraph_capture_sizes = _graph_sizes([k + 1 for k in sizes], scheduler.max_num_seqs)
-    # One range a size: the runner captures graphs for exactly these sizes, and the policy chooses among them.
+    # One range per size: the runner captures graphs for exactly these sizes, and the policy chooses among them.
     # The last range reaches to the widest batch, because vLLM derives the sizes to capture from it.
     spec.num_speculative_tokens_per_batch_size = [
         (i, i if size != sizes[-1] else max(i, scheduler.max_num_seqs), size)
@@ -62,7 +62,7 @@ def install(vllm_config: VllmConfig, options: Eagle3Options) -> bool:
 
 
 def _install_fixed(vllm_config: VllmConfig) -> None:
-    """Requests limit their drafts, and operators see what is drafted, without the policy too."""
+    """Install the scheduler for policy "fixed", so that requests can limit their drafts and metrics are complete."""
     if vllm_config.scheduler_config.scheduler_cls is None:
         vllm_config.scheduler_config.scheduler_cls = FIXED_SCHEDULER
 
@@ -85,11 +85,11 @@ def _obstacle(vllm_config: VllmConfig) -> str | None:
 
 
 def _sizes(most: int, options: Eagle3Options, every: bool) -> list[int]:
-    """Numbers of drafts a request that the policy may choose, from 0 to `most`.
+    """Numbers of drafts per request that the policy may choose, from 0 to `most`.
 
-    every: all lengths of chains, and the menu of trees. Otherwise query lengths (one more than the drafts) that
-    CUDA graphs can share: of chains those that divide the longest one (or twice that, if it is odd); of trees a
-    quarter, a half and the whole of the largest multiple of four, for which a tree gives up three nodes at most.
+    every: all lengths of chains, and the menu of trees. Otherwise query lengths (drafts + 1) that CUDA graphs can
+    share: for chains those that divide the longest one (or twice that, if it is odd); for trees a quarter, a half and
+    all of the largest multiple of four, which costs a tree at most three nodes.
     """
     if options.tree is None:
         length = most + 1 if most % 2 else 2 * (most + 1)
@@ -103,12 +103,12 @@ def _sizes(most: int, options: Eagle3Options, every: bool) -> list[int]:
 
 
 def _graph_sizes(lengths: list[int], max_num_seqs: int) -> list[int]:
-    """Numbers of tokens to capture CUDA graphs for, such that a batch of any of these query lengths finds one.
+    """Numbers of tokens for which CUDA graphs are captured, so that a batch of any of these query lengths finds one.
 
-    lengths: ascending, what each request of a batch may verify. vLLM captures at each number, rounded up to a multiple
-    of every query length, and looks only at the next captured number, which has to be a multiple of the batch's query
-    length. A common multiple of all lengths always is. Where common multiples are too far apart, every multiple of
-    every length is captured: for few tokens, and where a batch has as many requests as there may be.
+    lengths: the query lengths that a batch may have, ascending. vLLM captures at each number, rounded up to a multiple
+    of every query length. For a batch it looks only at the next captured number, which must be a multiple of the
+    batch's query length, as a common multiple of all lengths always is. Where common multiples are too far apart, every
+    multiple of every length is captured: for few tokens, and near the greatest number of requests.
     """
     common = math.lcm(*lengths)
     requests = min(max_num_seqs, MOST_REQUESTS)
@@ -134,7 +134,7 @@ def _graph_sizes(lengths: list[int], max_num_seqs: int) -> list[int]:
 
 
 def _multiples(lengths: list[int], above: int, most: int) -> list[int]:
-    """Every multiple of any length but 1 in (above, most]; of 1 the powers of two below the next length."""
+    """All multiples in (above, most] of the lengths except 1; for length 1 the powers of two below the next length."""
     longer = [length for length in lengths if length > 1] or [most + 1]
     found = [n for n in range(above + 1, most + 1) if any(n % length == 0 for length in longer)]
     powers = [1 << i for i in range(min(longer).bit_length()) if above < 1 << i < min(longer)]
@@ -150,10 +150,10 @@ def largest_tree(most: int, options: Eagle3Options) -> Shape:
 
 
 def tree_shapes(vllm_config: VllmConfig, options: Eagle3Options) -> dict[int, Shape]:
-    """Shapes by their number of nodes, where they differ in more than that from the tree of the options.
+    """Shapes by their number of nodes, if they are not just the best nodes of the options' tree.
 
-    The scheduler tells the workers of nothing but that number, so both look it up here. On a GPU there are none: one
-    CUDA graph grows the tree of the options, and a smaller number takes its best nodes.
+    The scheduler tells the workers only that number, so both look it up here. On a GPU there are none: one CUDA graph
+    grows the tree of the options, and a smaller number takes its best nodes.
     """
     if vllm_config.device_config.device_type != "cpu":
         return {}

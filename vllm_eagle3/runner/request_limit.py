@@ -1,4 +1,4 @@
-"""How many drafts a request lets vLLM verify a step: `eagle3_max_draft_tokens` among its extra arguments.
+"""The most drafts of a request that are verified in a step: `eagle3_max_draft_tokens` among its extra arguments.
 
 `extra_body={"vllm_xargs": {"eagle3_max_draft_tokens": 0}}` in the openai client, `SamplingParams(extra_args={...})`
 in Python. 0 switches drafting off for the request.
@@ -12,12 +12,12 @@ LIMIT = "eagle3_max_draft_tokens"
 
 
 def limit_of(params: Any) -> int | None:
-    """The limit in a request's sampling parameters; None where it sets none."""
+    """The limit in a request's sampling parameters; None if it sets none."""
     return (getattr(params, "extra_args", None) or {}).get(LIMIT)
 
 
 def check_limit(params: Any, most: int) -> None:
-    """Raises VLLMValidationError, which the server answers with 400, unless the limit is one of 0 to `most`."""
+    """Raise VLLMValidationError, for which the server returns status 400, unless the limit is from 0 to `most`."""
     limit = limit_of(params)
     if limit is None:
         return

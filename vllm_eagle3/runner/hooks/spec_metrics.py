@@ -1,8 +1,8 @@
-"""What the policy does, for operators: Prometheus series and a line in the log, beside vLLM's own of speculation.
+"""Statistics of drafting for operators: Prometheus series and a log line, in addition to vLLM's own of speculation.
 
-Our scheduler fills an `Eagle3Stats` in each step. It travels to the front end in the place of vLLM's statistics of
-speculation, and there it meets our subclasses of the two classes that show them. `LLM.get_metrics()`, `/metrics` and
-the periodic log lines read from those.
+This project's scheduler fills an `Eagle3Stats` in each step. It is sent to the front end in place of vLLM's statistics
+of speculation. There, subclasses of vLLM's two classes that show these statistics receive it. `LLM.get_metrics()`,
+`/metrics` and the periodic log lines read from them.
 """
 
 from collections import Counter
@@ -33,7 +33,7 @@ LABELS = {
 
 @dataclass
 class Eagle3Stats(SpecDecodingStats):
-    """vLLM's statistics of a step, and what only our scheduler knows. Keys are the values of the series' labels."""
+    """vLLM's statistics of a step, and those of this project's scheduler. Keys are the values of the series' labels."""
 
     steps: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -46,7 +46,7 @@ class Eagle3Stats(SpecDecodingStats):
         self.paths[length] = self.paths.get(length, 0) + 1
 
     def labelled(self) -> dict[str, Mapping[str, float]]:
-        """Series -> label -> what to add."""
+        """The amounts to add, by series and label."""
         return {
             "vllm:eagle3_steps": self.steps,
             "vllm:eagle3_step_seconds": self.seconds,
@@ -59,7 +59,7 @@ class Eagle3Stats(SpecDecodingStats):
 
 
 class Eagle3Prom(SpecDecodingProm):
-    """vLLM's series of speculation, and ours."""
+    """vLLM's series of speculation, and this project's."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class Eagle3Prom(SpecDecodingProm):
 
 
 class Eagle3Logging(SpecDecodingLogging):
-    """vLLM's line of speculation, and one of ours after it."""
+    """vLLM's log line of speculation, and this project's line after it."""
 
     def reset(self) -> None:
         super().reset()
@@ -119,5 +119,5 @@ class Eagle3Logging(SpecDecodingLogging):
 
 
 def widen_stats(stats: ModuleType) -> None:
-    """Let `SchedulerStats` carry an `Eagle3Stats` between processes: msgspec decodes a field by its annotation."""
+    """Let `SchedulerStats` contain an `Eagle3Stats` between processes: msgspec decodes a field by its annotation."""
     stats.SchedulerStats.__annotations__["spec_decoding_stats"] = Eagle3Stats | None
