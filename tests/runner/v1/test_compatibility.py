@@ -1,13 +1,11 @@
 """Rows of docs/compatibility.md on the V1 runner and a CPU, on small models (4 minutes)."""
 
-import json
-
 import pytest
-import torch
+from adapters import write_adapter
 from dialects import Dims, draft_tensors, write_dialect
 from engines import SMALL, running, speculative, token_ids
-from random_llama import HEAD_DIM, HEADS, HIDDEN, LAYERS, write_draft, write_target
-from safetensors.torch import save_file
+from quantised import write_int8_draft, write_int8_target
+from random_llama import write_draft, write_target
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.engine.arg_utils import EngineArgs
@@ -39,21 +37,6 @@ def test_a_draft_on_one_rank_of_two(engine, models, expected, monkeypatch):
     llm = engine(models[0], speculative_config=config, tensor_parallel_size=2)
     assert token_ids(llm, PROMPTS, GREEDY) == expected
     assert verifications(llm) > 20
-
-
-def write_adapter(folder, rank=4):
-    """LoRA on the target's q_proj, strong enough to change its text."""
-    torch.manual_seed(5)
-    weights = {}
-    for layer in range(LAYERS):
-        name = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
-        weights[f"{name}.lora_A.weight"] = torch.randn(rank, HIDDEN) * 0.5
-        weights[f"{name}.lora_B.weight"] = torch.randn(HEADS * HEAD_DIM, rank) * 0.5
-    folder.mkdir()
-    save_file(weights, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 8, "target_modules": ["q_proj"]}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return folder
 
 
 def test_lora_on_the_target(models, expected, tmp_path):
@@ -96,6 +79,30 @@ def test_a_speculators_checkpoint_by_its_own_name(models, expected, tmp_path):
         llm.llm_engine.engine_core.shutdown()
         del llm
         cleanup_dist_env_and_memory()
+
+
+@pytest.mark.parametrize("quantised", ["target", "draft"])
+def test_int8_weights(engine, models, expected, tmp_path, quantised):
+    """Of a target (the text is that of the quantised target) or of a draft (the text does not change)."""
+    target, draft = models
+    if quantised == "target":
+        target = write_int8_target(tmp_path / "target")
+        with running(target) as llm:
+            expected = token_ids(llm, PROMPTS, GREEDY)
+    else:
+        draft = write_int8_draft(tmp_path / "draft")
+    llm = engine(target, speculative_config=speculative(draft, 3))
+    assert token_ids(llm, PROMPTS, GREEDY) == expected
+    assert verifications(llm) > 20
+
+
+def test_fp8_kv_cache(engine, models):
+    """The text is that of the same cache without drafts."""
+    with running(models[0], kv_cache_dtype="fp8") as llm:
+        expected = token_ids(llm, PROMPTS, GREEDY)
+    llm = engine(models[0], speculative_config=speculative(models[1], 3), kv_cache_dtype="fp8")
+    assert token_ids(llm, PROMPTS, GREEDY) == expected
+    assert verifications(llm) > 10
 
 
 def test_other_methods_are_vllms(engine, models, expected):

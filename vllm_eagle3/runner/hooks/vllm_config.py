@@ -14,7 +14,8 @@ def post_init(self: VllmConfig) -> None:
     """Replaces `VllmConfig.__post_init__`, because the policy has to act before vLLM derives its CUDA graph sizes.
 
     Raises:
-        ValueError: a bad option in `additional_config`; a tree without the V2 runner.
+        ValueError: a bad option in `additional_config`; a tree without the V2 runner; settings with which vLLM's
+            runner does not speculate.
     """
     speculative = self.speculative_config
     if speculative is not None and speculative.method == "eagle3":
@@ -26,6 +27,11 @@ def post_init(self: VllmConfig) -> None:
             )
         if not self.use_v2_model_runner:
             _refuse_on_v1(self)
+        elif self.parallel_config.pipeline_parallel_size > 1 and self.device_config.device_type == "cpu":
+            raise ValueError(
+                "vLLM's V2 runner stops answering on a CPU where it speculates over several pipeline stages: "
+                "use tensor parallelism"
+            )
         policy_install.install(self, options)
     _stock_post_init(self)
 
