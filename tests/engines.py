@@ -72,6 +72,12 @@ def token_ids(llm: Any, prompts: list[list[int]], params: Any) -> list[list[int]
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
+def draft_model(llm: Any) -> Any:
+    """The draft of an engine in this process, on either runner."""
+    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    return (runner.drafter if hasattr(runner, "drafter") else runner.speculator).model
+
+
 def asynchronous(monkeypatch: Any) -> None:
     """Let the engines of a test schedule asynchronously, although vLLM switches that off on a CPU."""
     from vllm.platforms import current_platform

@@ -23,7 +23,7 @@ def assert_limits_are_kept(llm: Any, most: int) -> None:
     scheduler.update_from_output = noted
     if hasattr(scheduler, "draft_policy"):
         largest = scheduler.draft_policy.shapes[-1]
-        scheduler.draft_policy.choose = lambda batch, context: largest
+        scheduler.draft_policy.choose = lambda batch, *_: largest
         scheduler.draft_policy.lengths = lambda requests, shape, context, drafted: drafted
 
     def run(limits: list[int | None]) -> list[list[int]]:

@@ -108,7 +108,9 @@ def test_any_bytes(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 @given(
     options=json_values
     | st.dictionaries(
-        st.sampled_from(["aux_layers", "tree", "policy", "fused_kernels", "int8_draft"]),
+        st.sampled_from(
+            ["aux_layers", "tree", "graft", "policy", "draft_sampling", "fused_kernels", "int8_draft"]
+        ),
         json_values | awkward,
     )
     | st.fixed_dictionaries(

@@ -1,10 +1,10 @@
-"""What breaks while an engine serves, on the V1 runner (60 s). The table of docs/serving.md names these tests."""
+"""What breaks while an engine serves (60 s). The table of docs/serving.md names these tests."""
 
 import logging
 
 import pytest
 import torch
-from engines import running, speculative, token_ids
+from engines import draft_model, running, speculative, token_ids
 from random_llama import write_draft, write_target
 from vllm import SamplingParams
 
@@ -32,10 +32,7 @@ def test_a_draft_that_turns_to_nan(engine, models, expected, tmp_path, monkeypat
     options = {"eagle3": {"policy": "auto"}}
     llm = engine(models[0], speculative_config=speculative(models[1], 3), additional_config=options)
     core = llm.llm_engine.engine_core.engine_core
-    for (
-        name,
-        weight,
-    ) in core.model_executor.driver_worker.worker.model_runner.drafter.model.named_parameters():
+    for name, weight in draft_model(llm).named_parameters():
         if "embed_tokens" not in name:  # the target's
             weight.data.fill_(torch.nan)
     logging.getLogger("vllm").propagate = True

@@ -9,7 +9,7 @@ import pytest
 import torch
 from closed_form import greedy_text, write_draft
 from draining import assert_every_number_of_requests_drains
-from engines import asynchronous, speculative, token_ids
+from engines import asynchronous, draft_model, speculative, token_ids
 from random_llama import write_draft as write_random_draft
 from random_llama import write_target as write_random_target
 from vllm import SamplingParams
@@ -90,14 +90,14 @@ def test_outputs_are_exact_while_chains_stop_early(engine, tmp_path, monkeypatch
     count_verified(sched, verified)
     monkeypatch.setattr(sched.draft_policy, "choose", lambda batch, context: sched.draft_policy.by_nodes[6])
     monkeypatch.setattr(sched.draft_policy, "lengths", lambda requests, shape, context, drafted: drafted)
-    drafter = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.drafter
-    sure = type(drafter.model).get_confident_tokens
+    model = type(draft_model(llm))
+    sure = model.get_confident_tokens
 
     def with_trust(self, hidden_states):
         ids, confidence = sure(self, hidden_states)
         return ids, torch.tensor(next(trusts)[: len(confidence)])
 
-    monkeypatch.setattr(type(drafter.model), "get_confident_tokens", with_trust)
+    monkeypatch.setattr(model, "get_confident_tokens", with_trust)
     assert token_ids(llm, prompts, GREEDY) == expected
     assert [3, 2] in verified, "the first request's third draft is the last, the second's its second"
     drafts, steps = sched.draft_policy.expected_drafts(Shape(6, 6), 2)
@@ -175,7 +175,7 @@ def test_a_first_token_does_not_wait_for_drafts(engine, closed_form_target, clos
         max_num_batched_tokens=16,
     )
     sched, steps = scheduler(llm), []
-    sched.draft_policy.choose = lambda batch, context: sched.draft_policy.by_nodes[4]
+    sched.draft_policy.choose = lambda batch, *_: sched.draft_policy.by_nodes[4]
     update = sched.update_from_output
 
     def noted(step, output):

@@ -1,4 +1,4 @@
-"""`eagle3_max_draft_tokens`: a request's own limit of drafts, on the V1 runner (60 s)."""
+"""`eagle3_max_draft_tokens`: a request's own limit of drafts (60 s)."""
 
 import pytest
 from engines import asynchronous, speculative
