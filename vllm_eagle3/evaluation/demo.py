@@ -32,6 +32,8 @@ from vllm_eagle3.provenance import provenance
 
 PROMPTS = Path(__file__).resolve().parents[2] / "tests" / "data" / "prompts.jsonl"
 WIDTH, LINES = 108, 3
+TIMED_TOKENS = 32
+"""Of each answer that is timed."""
 TREE = TreeOptions(depth=3, topk=3, nodes=6)
 NAMES = {
     "none": "no speculation",
@@ -209,13 +211,16 @@ def run(demo: DemoSettings, stream: TextIO = sys.stdout) -> int:
             "data": (str(eight_prompts(Path(folder))),),
             "num_speculative_tokens": demo.num_speculative_tokens,
             "native_tokens": (demo.num_speculative_tokens,),
-            "max_tokens": demo.max_tokens,
             "max_model_len": 512,
             "enforce_eager": True,
             "repeats": demo.repeats,
         }
-        identity = SweepSettings(**common, modes=("chain", "none"), batch_sizes=(4,), dtype="float32")
-        timing = SweepSettings(**common, modes=tuple(NAMES), batch_sizes=(1,), tree=TREE)
+        identity = SweepSettings(
+            **common, modes=("chain", "none"), batch_sizes=(4,), dtype="float32", max_tokens=demo.max_tokens
+        )
+        timing = SweepSettings(
+            **common, modes=tuple(NAMES), batch_sizes=(1,), tree=TREE, max_tokens=TIMED_TOKENS
+        )
         made = provenance([PROMPTS], {"identity": identity.public(), "speed": timing.public()})
         chain, identical = _texts(identity, Path(folder), log, story)
         rows = _speeds(timing, Path(folder), log, story)
@@ -255,7 +260,7 @@ def _texts(settings: SweepSettings, folder: Path, log: Path, story: Story) -> tu
 def _speeds(settings: SweepSettings, folder: Path, log: Path, story: Story) -> dict[str, dict[str, Any]]:
     """Stage 2 of the demo. At most three engines run at the same time and need about 4 GB together."""
     story.say(
-        f"2. How fast? One request at a time, {settings.repeats} repeats in turn, no torch.compile on any side."
+        f"2. How fast? One request at a time, {settings.repeats} repeats of eight answers, without torch.compile."
     )
     with ExitStack() as stack:
         with story.step("starting no speculation, stock eagle3 and a chain (about 40 s)"):
