@@ -51,7 +51,7 @@ def bench(
     variants: dict[str, Callable[[], object]] = {
         "look_up": lambda: look_up(tokens, ends, LENGTH),
         "scan": lambda: look_up_scan(tokens, ends, LENGTH, MIN_MATCH, MAX_MATCH),
-        "graft": lambda: graft(tree, parents, continuation),
+        "graft": lambda: graft(tree, parents, continuation, NODES + LENGTH),
     }
     samples: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(repeats + 3):

@@ -33,6 +33,20 @@ def test_dry_run_writes_provenance_and_times(name, tmp_path, monkeypatch, capsys
     assert capsys.readouterr().out.count("tiny") == 2
 
 
+def test_the_lookup_benchmark_runs(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    module = importlib.import_module("bench_lookup")
+    monkeypatch.setattr(module.torch, "set_num_threads", lambda number: None)
+    out = tmp_path / "result.json"
+    module.main(["--device", "cpu", "--batches", "2", "--widths", "64", "--repeats", "3", "--out", str(out)])
+    report = json.loads(out.read_text())
+    assert report["provenance"]["settings"]["repeats"] == 3
+    assert [row["ids"] for row in report["results"]] == ["few", "many"]
+    assert all(
+        t["least"] <= t["median"] <= t["largest"] for row in report["results"] for t in row["us"].values()
+    )
+
+
 def test_fp8_benchmark_refuses_a_cpu(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     with pytest.raises(SystemExit, match="needs a CUDA device"):
