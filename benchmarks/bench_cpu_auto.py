@@ -8,6 +8,7 @@ One process an engine. Within a repeat each batch size is measured on all of the
 import argparse
 import json
 import tempfile
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
@@ -30,8 +31,8 @@ PAIRS = {
 }
 
 
-def measure(settings: SweepSettings) -> dict[tuple[str, int], list[Measurement]]:
-    """Every repeat of every mode and batch size."""
+def measure(settings: SweepSettings) -> Iterator[dict[tuple[str, int], list[Measurement]]]:
+    """After every repeat, all repeats so far of every mode and batch size."""
     found: dict[tuple[str, int], list[Measurement]] = {}
     with ExitStack() as stack:
         file = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "settings.json"
@@ -48,7 +49,8 @@ def measure(settings: SweepSettings) -> dict[tuple[str, int], list[Measurement]]
                     measured = worker.measure(size, repeat)
                     if repeat:
                         found.setdefault((worker.name, size), []).append(measured)
-    return found
+            if repeat:
+                yield found
 
 
 def row(size: int, found: dict[tuple[str, int], list[Measurement]]) -> dict[str, Any]:
@@ -77,7 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "results" / "cpu_auto.json")
     parser.add_argument("--widen", type=int, metavar="N", help="target with MLPs N times as wide")
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 2, 8, 32, 56])
@@ -98,8 +100,15 @@ def main() -> None:
         max_tokens=args.max_tokens,
     )
     made = provenance([data], settings.public() | {"widen": args.widen or 1})
-    found = measure(settings)
-    rows = [row(size, found) for size in settings.batch_sizes]
+    results = json.loads(args.json.read_text(encoding="utf-8"))["results"] if args.json.is_file() else []
+    for found in measure(
+        settings
+    ):  # several calls, one for each target and some batch sizes, add up in a file
+        rows = [row(size, found) for size in settings.batch_sizes]
+        new = [r | {"widen": args.widen or 1, "provenance": made} for r in rows]
+        keys = {(r["widen"], r["batch_size"]) for r in new}
+        results = [r for r in results if (r["widen"], r["batch_size"]) not in keys] + new
+        args.json.write_text(json.dumps({"results": results}, indent=1) + "\n", encoding="utf-8")
     print(
         f"| batch | {', '.join(args.modes)}: tokens/s | ratios, medians with 95 % intervals |\n| --- | --- | --- |"
     )
@@ -109,12 +118,6 @@ def main() -> None:
             f"{n} {r['median'][n]:.3f} ({low:.3f} to {high:.3f})" for n, (low, high) in r["interval"].items()
         ]
         print(f"| {r['batch_size']} | {rates} | {', '.join(ratios)} |")
-    if args.json:  # several calls, one for each target and some batch sizes, add up in a file
-        old = json.loads(args.json.read_text(encoding="utf-8"))["results"] if args.json.is_file() else []
-        new = [r | {"widen": args.widen or 1, "provenance": made} for r in rows]
-        keys = {(r["widen"], r["batch_size"]) for r in new}
-        kept = [r for r in old if (r["widen"], r["batch_size"]) not in keys]
-        args.json.write_text(json.dumps({"results": kept + new}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
