@@ -352,3 +352,17 @@ def test_requests_that_sample_have_rates_of_their_own():
     assert gains[0] > 5 and gains[2] < 1.2 and gains[1] == pytest.approx((gains[0] + gains[2]) / 2)
     policy.forget("sampled")
     assert not policy.sampling
+
+
+def test_drawn_drafts_are_verified_whatever_was_drawn():
+    """Where a chain ends depends on the tokens drawn, so the budget must not decide by it."""
+    policy = informed_policy(TABLES["cpu"])
+    policy.sampling, policy.draws = {"a", "b"}, True
+    for _ in range(60):
+        policy.observe_accepted({"greedy": (5, 0), "a": (5, 0), "b": (5, 0)})
+    shape = Shape(5, 5)
+    for drafted in ([5, 1, 5], [5, 5, 5], [1, 2, 3]):
+        greedy, *drawn = policy.lengths(["greedy", "a", "b"], shape, 0.0, drafted)
+        assert drawn == drafted[1:] and greedy < drafted[0] + (drafted[0] == 1)
+    policy.draws = False
+    assert policy.lengths(["greedy", "a", "b"], shape, 0.0, [5, 5, 5]) != [5, 5, 5]

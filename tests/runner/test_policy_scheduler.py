@@ -267,6 +267,9 @@ def test_it_leaves_a_table_of_the_users_in_charge(engine, closed_form_target, cl
         (16, {"depth": 5, "topk": 4, "nodes": 16}, False, [0, 3, 7, 15]),
         (2, {"depth": 2, "topk": 4, "nodes": 2}, False, [0, 1, 2]),
         (1, None, False, [0, 1]),
+        (24, {"depth": 5, "topk": 4, "nodes": 16}, True, [*range(6), 7, 8, 12, 16, 24]),  # 8 for grafts
+        (60, {"depth": 5, "topk": 4, "nodes": 16}, True, [*range(6), 7, 8, 12, 16, 24]),
+        (60, {"depth": 6, "topk": 10, "nodes": 20}, False, [0, 6, 13, 27]),
     ],
 )
 def test_sizes(most, tree, every, sizes):

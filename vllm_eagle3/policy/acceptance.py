@@ -133,6 +133,17 @@ def shift_odds(rates: np.ndarray, own: np.ndarray, mean: np.ndarray | float) -> 
     return odds / (1 + odds)
 
 
+def request_survivals(rates: np.ndarray, counts: np.ndarray, weight: float) -> np.ndarray:
+    """Probability [requests, depth] that a request accepts its drafts up to each depth.
+
+    rates: [requests, depth], conditional rates of its kind. counts: [requests, 2], drafts that it tried and accepted
+    itself. weight: observations that the rates of its kind count as, beside those.
+    """
+    mean = rates.mean(axis=1)
+    own = (counts[:, 1] + weight * mean) / (counts[:, 0] + weight)
+    return np.cumprod(shift_odds(rates, own[:, None], mean[:, None]), axis=1)
+
+
 def allocate(survivals: np.ndarray, seconds: np.ndarray, margin: float = 0.0) -> np.ndarray:
     """How many drafts of each request to verify: the n most likely ones, for the n with the most tokens per second.
 

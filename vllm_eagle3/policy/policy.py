@@ -11,7 +11,7 @@ from operator import mul
 
 import numpy as np
 
-from vllm_eagle3.policy.acceptance import Acceptance, Kinds, allocate, shift_odds
+from vllm_eagle3.policy.acceptance import Acceptance, Kinds, allocate, request_survivals
 from vllm_eagle3.policy.cost import SeenCost, bucket
 from vllm_eagle3.policy.shape import NOTHING, Shape
 
@@ -59,6 +59,9 @@ class Policy:
         self.acceptance = self.kinds[False]
         self.sampling: set[str] = set()  # requests that sample, told by the scheduler
         self.sampling_share = 0.0  # of the batch
+        self.draws = (
+            False  # whether their drafts are drawn: what is verified must then not depend on what was drawn
+        )
         self.continuation = Acceptance(max(depth - 1, 0), prior=1.0)
         """Whether chains continue after each draft: the draft stops a chain early that it finds improbable."""
         self.requests: dict[str, tuple[float, float]] = {}  # drafts tried and accepted; older ones count less
@@ -274,10 +277,7 @@ class Policy:
         context: float = 0.0,
         drafted: Sequence[int] | None = None,
     ) -> list[int]:
-        """How many drafts of each request to verify. Of trees, and of a single request: all.
-
-        drafted: how many drafts each request has, where chains stopped early.
-        """
+        """How many of the `drafted` drafts to verify. Of trees, of a single request, and where they are drawn: all."""
         drafted = [shape.nodes] * len(requests) if drafted is None else drafted
         if self.probing:
             first, few = self._turn, self._probers(len(requests))
@@ -286,15 +286,14 @@ class Policy:
             return list(drafted)
         kinds = {samples: self.kinds[samples][0].rates()[: shape.depth] for samples in self.kinds}
         rates = np.array([kinds[request in self.sampling] for request in requests])
-        mean = rates.mean(axis=1)
         counts = np.array([self.requests.get(r, (0.0, 0.0)) for r in requests])
-        own = (counts[:, 1] + self.REQUEST_PRIOR * mean) / (counts[:, 0] + self.REQUEST_PRIOR)
-        table = np.cumprod(shift_odds(rates, own[:, None], mean[:, None]), axis=1)
-        # So far these are probabilities that a draft is made and accepted. Divided by the probability that it is made,
-        # they are probabilities of acceptance.
+        table = request_survivals(rates, counts, self.REQUEST_PRIOR)
+        # Probabilities that a draft is made and accepted, divided by those that it is made.
         shares = np.array([1.0, *self._continuation_shares()[: shape.depth - 1]])
         table = np.minimum.accumulate(np.minimum(table / np.maximum(shares, 1e-6), 1.0), axis=1)
-        table[np.arange(shape.depth) >= np.array(drafted)[:, None]] = -1.0
-        sizes = range(len(requests), len(requests) + sum(drafted) + 1)
+        made, whole = np.array(drafted), np.array([self.draws and r in self.sampling for r in requests])
+        table[(np.arange(shape.depth) >= made[:, None]) | whole[:, None]] = -1.0
+        fewest = len(requests) + int(made[whole].sum())
+        sizes = range(fewest, fewest + int(made[~whole].sum()) + 1)
         seconds = [self.cost.base(n, len(requests), shape.depth, context) for n in sizes]
-        return allocate(table, np.array(seconds), self.hysteresis).tolist()
+        return np.where(whole, made, allocate(table, np.array(seconds), self.hysteresis)).tolist()

@@ -47,6 +47,8 @@ class DraftScheduler(Scheduler):
         self._steps: Counter[str] = Counter()  # by the shape that each request was told to draft
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._fallbacks: Counter[str] = Counter()
+        self._cut_trees: set[str] = set()  # requests that verify less than the tree drafted for them
+        self._grafts: Counter[str] = Counter()  # tokens of grafts that were verified and accepted
         self._last_step: float | None = None  # None: the engine was idle since
         # Verifications, drafts and accepted drafts since the last judgement.
         self._watched: Counter[str] = Counter()
@@ -79,6 +81,9 @@ class DraftScheduler(Scheduler):
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
         """Synchronous scheduling: take the drafts that the workers made."""
+        # Told by runner.v2.cpu_speculator.StoppedChains.
+        verified, accepted = getattr(draft_token_ids, "grafts", None) or (0, 0)
+        self._grafts.update(verified=verified, accepted=accepted)
         self.keep_drafts(draft_token_ids)
         super().update_draft_token_ids(draft_token_ids)
 
@@ -150,10 +155,10 @@ class DraftScheduler(Scheduler):
             own: Any = spec_decoding_stats or Eagle3Stats.new(self.num_spec_tokens)
             own.steps, own.seconds = dict(self._steps), dict(self._seconds)
             own.fallbacks = {reason: n for reason, n in self._fallbacks.items() if n}
+            own.grafts = {kind: n for kind, n in self._grafts.items() if n}
             stats.spec_decoding_stats = own
-            self._steps.clear()
-            self._seconds.clear()
-            self._fallbacks.clear()
+            for counted in (self._steps, self._seconds, self._fallbacks, self._grafts):
+                counted.clear()
         return stats
 
     def make_spec_decoding_stats(self, spec_decoding_stats: Any, *args: Any, **kwargs: Any) -> Any:

@@ -186,7 +186,10 @@ SUBCLASSES = (
     ),
     Subclass(
         "vllm_eagle3.runner.v2.cpu_tree_speculator:CPUTreeSpeculator",
-        methods(_AUTOREGRESSIVE, "TargetDependentARSpeculator", __init__="self, vllm_config, device"),
+        (
+            *methods(_AUTOREGRESSIVE, "TargetDependentARSpeculator", __init__="self, vllm_config, device"),
+            SET_ATTN,
+        ),
         reason="on a CPU the trees' steps are those of CPUSpeculator",
         remove_when=_NO_TREES,
     ),

@@ -94,6 +94,7 @@ def _sizes(most: int, options: Eagle3Options, every: bool) -> list[int]:
     if options.tree is None:
         length = most + 1 if most % 2 else 2 * (most + 1)
         return [k for k in range(most + 1) if every or length % (k + 1) == 0]
+    most = largest_tree(most, options).nodes
     if every:
         return [shape.nodes for shape in menu(largest_tree(most, options))]
     if most < 3:
@@ -142,10 +143,10 @@ def _multiples(lengths: list[int], above: int, most: int) -> list[int]:
 
 
 def largest_tree(most: int, options: Eagle3Options) -> Shape:
-    """The tree of the options, cut to `most` nodes."""
+    """The tree of the options with room for its graft, cut to `most` nodes."""
     assert options.tree is not None
-    nodes = min(most, options.tree.nodes)
-    graft = options.grafts.length if options.grafts and options.tree.topk > 1 else 0
+    graft = options.grafts.length if options.grafts else 0
+    nodes = min(most, options.tree.nodes + graft)
     return Shape(nodes, min(options.tree.depth, nodes), options.tree.topk, graft)
 
 

@@ -55,7 +55,9 @@ def build_policy(vllm_config: VllmConfig) -> tuple[Policy, CostFile]:
         known = {0: NOTHING, **tree_shapes(vllm_config, options)}
         shapes = [known.get(n) or largest_tree(n, options) for n in sizes]
     file = CostFile(cost_key(vllm_config))
-    return Policy(file.load(), shapes), file
+    policy = Policy(file.load(), shapes)
+    policy.draws = options.draft_sampling == "auto" or spec.draft_sample_method == "probabilistic"
+    return policy, file
 
 
 def cost_key(vllm_config: VllmConfig) -> CostKey:
@@ -102,7 +104,6 @@ class PolicyMixin(DraftScheduler):
         # Of each request: drafts that it will verify, and drafts that were scheduled for it.
         self._drafted: dict[str, tuple[int, int]] = {}
         self._hurried = False  # whether this step drafts nothing, so that a first token leaves early
-        self._cut_trees: set[str] = set()  # requests that verify less than the tree drafted for them
         # Of the last step: batch, shape, context, seconds, drafts verified a request. The policy learns from it when
         # the number of drafts that the step made is known.
         self._unlearned: tuple[int, Shape, float, float, float] | None = None
@@ -200,16 +201,14 @@ class PolicyMixin(DraftScheduler):
         return outputs
 
     def _observe_acceptance(self, step: SchedulerOutput, output: ModelRunnerOutput) -> None:
-        invalid = step.num_invalid_spec_tokens or {}
+        invalid, cut_trees = step.num_invalid_spec_tokens or {}, getattr(step, "cut_trees", self._cut_trees)
         results = {}
         for request, drafts in step.scheduled_spec_decode_tokens.items():
             index = output.req_id_to_index.get(request)
             sampled = (
                 output.sampled_token_ids[index] if output.sampled_token_ids and index is not None else ()
             )
-            if (
-                len(sampled) and request not in self._cut_trees
-            ):  # a tree's best nodes are no shape of the menu
+            if len(sampled) and request not in cut_trees:  # a tree's best nodes are no shape of the menu
                 verified = len(drafts) - invalid.get(request, 0)
                 expected, scheduled = self._drafted.get(request, (verified, verified))
                 # Where a chain stopped early, the drafts that were not made count as not accepted.
@@ -256,6 +255,8 @@ class AsyncDraftScheduler(DraftScheduler, AsyncScheduler):
         super()._update_after_schedule(scheduler_output)
         requests = list(scheduler_output.num_scheduled_tokens)
         told = scheduler_output.num_spec_tokens_to_schedule
+        # What this step verifies was cut in the last one; the next results are read after the next cut.
+        scheduler_output.cut_trees = frozenset(self._cut_trees)  # type: ignore[attr-defined]
         cut = self.cut_drafts(requests, [told] * len(requests))
         for request, length in cut.items():
             drafts = self.requests[request].spec_token_ids

@@ -19,7 +19,9 @@ class Children(NamedTuple):
 
     log_probs: Tensor  # float32 [n, k], log q of each
     ids: Tensor  # int64 [n, k], ids of the draft's vocabulary
-    places: Tensor  # float32 [n, k], log-values of the places: the part of q that earlier children have left
+    places: (
+        Tensor  # float32 [n, k], log of the part of q that was left before each draw: what a child is kept by
+    )
     q: Tensor  # [n, draft_vocab], the distribution that they were drawn from
 
 

@@ -47,6 +47,9 @@ def test_a_prompt_that_holds_the_answer(engine, closed_form_target, closed_form_
     assert found["vllm:spec_decode_num_drafts"] == 3 * 5
     assert found["vllm:spec_decode_num_accepted_tokens"] == 3 * 5 * 8
     assert found["vllm:spec_decode_num_accepted_tokens_per_pos"][:8] == [15] * 8
+    of_grafts = {m.labels["kind"]: m.value for m in llm.get_metrics() if m.name == "vllm:eagle3_graft_tokens"}
+    assert set(of_grafts) == {"verified", "accepted"}
+    assert of_grafts["verified"] == of_grafts["accepted"] >= 3 * 4 * 8  # the last step's arrive with the next
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +201,8 @@ def test_on_the_device_nothing_waits_for_the_host(monkeypatch):
         seq_lens_cpu_upper_bound=torch.tensor([49, 3, 4]),
     )
     grafts, tree_state = Grafts(GraftOptions(), states), TreeState(4, 10, 64, "meta")
-    found = grafts.look_up(batch, tree_state, torch.zeros(3, **meta))
+    grafts.learn(batch, tree_state, torch.zeros(3, **meta))
+    found = grafts.look_up(batch, tree_state)
     trees, values = torch.zeros(3, 10, **meta), torch.zeros(3, 10, device="meta")
     merged = grafts.merge(found, trees, trees, values, 10, torch.zeros(3, dtype=torch.bool, device="meta"))
     assert merged.tokens.shape == merged.parents.shape == (3, 10)

@@ -8,7 +8,7 @@ from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
 from vllm_eagle3.config import Eagle3Options, TreeOptions
-from vllm_eagle3.runner.v2.tree_limits import needs_chain, refuse_unsupported
+from vllm_eagle3.runner.v2.tree_limits import may_draw, needs_chain, refuse_unsupported
 
 TREE = Eagle3Options(tree=TreeOptions(4, 3, 12), graft=False)
 
@@ -130,3 +130,12 @@ def test_requests_that_need_a_chain(params, chain):
 
 def test_custom_logits_processors_mean_chains():
     assert needs_chain(SamplingParams(), Config(logits_processors=["a.B"]))
+
+
+def test_who_may_draw():
+    """A grammar drops drafts by their tokens, and a seed determines the text."""
+    assert may_draw(SamplingParams(temperature=0.7))
+    grammar = StructuredOutputsParams(json={"type": "object"})
+    for fixed in ({"temperature": 0}, {"seed": 3}, {"structured_outputs": grammar}):
+        assert not may_draw(SamplingParams(**{"temperature": 0.7, **fixed}))
+    assert not may_draw(None)

@@ -18,6 +18,7 @@ SERIES = {
     "vllm:eagle3_step_seconds": "Seconds of those steps, by the same shape.",
     "vllm:eagle3_drafted_tokens": "Drafts that were verified, by depth (of a tree: by node).",
     "vllm:eagle3_accepted_paths": "Verifications, by how many drafts they accepted.",
+    "vllm:eagle3_graft_tokens": "Tokens of grafts, verified and accepted. vLLM's own series hold all drafts.",
     "vllm:eagle3_fallbacks": "Requests or steps that drafted less than they could, by reason.",
 }
 """Counters: Prometheus adds `_total` to their names."""
@@ -26,6 +27,7 @@ LABELS = {
     "vllm:eagle3_step_seconds": "shape",
     "vllm:eagle3_drafted_tokens": "depth",
     "vllm:eagle3_accepted_paths": "length",
+    "vllm:eagle3_graft_tokens": "kind",
     "vllm:eagle3_fallbacks": "reason",
 }
 """The label of each series beside vLLM's own (model_name, engine)."""
@@ -39,6 +41,7 @@ class Eagle3Stats(SpecDecodingStats):
     seconds: dict[str, float] = field(default_factory=dict)
     fallbacks: dict[str, int] = field(default_factory=dict)
     paths: dict[str, int] = field(default_factory=dict)
+    grafts: dict[str, int] = field(default_factory=dict)
 
     def observe_draft(self, num_draft_tokens: int, num_accepted_tokens: int) -> None:
         super().observe_draft(num_draft_tokens, num_accepted_tokens)
@@ -54,6 +57,7 @@ class Eagle3Stats(SpecDecodingStats):
                 str(depth): n for depth, n in enumerate(self.num_draft_tokens_per_pos, 1) if n
             },
             "vllm:eagle3_accepted_paths": self.paths,
+            "vllm:eagle3_graft_tokens": self.grafts,
             "vllm:eagle3_fallbacks": self.fallbacks,
         }
 

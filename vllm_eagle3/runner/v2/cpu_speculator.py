@@ -98,6 +98,7 @@ class CPUSpeculator(Eagle3Speculator):
 
     def set_attn(self, model_state: Any, *args: Any, **kwargs: Any) -> None:
         super().set_attn(model_state, *args, **kwargs)
+        StoppedChains.trees = None
         if self.chain_draws is not None:
             model_state.draws = self.chain_draws
 
@@ -238,9 +239,13 @@ class CPUSpeculator(Eagle3Speculator):
 
 
 class StoppedChains(DraftTokensHandler):
-    """Tells the scheduler of no more drafts than a request's chain has; upstream's tells it of the step's number."""
+    """Tells the scheduler how many drafts each request has, and the counts of the last step's grafts.
+
+    Upstream's tells it of the step's number of drafts.
+    """
 
     lengths: list[int] | None = None
+    trees: Any = None  # the TreeState of this process's engine, if it drafts trees; set on the class
 
     def set_draft_tokens(self, input_batch: Any, draft_tokens: torch.Tensor) -> None:
         super().set_draft_tokens(input_batch, draft_tokens)
@@ -253,4 +258,5 @@ class StoppedChains(DraftTokensHandler):
         if found is not None and self.lengths is not None:
             for ids, length in zip(found.draft_token_ids, self.lengths, strict=True):
                 del ids[length:]
+            found.grafts = self.trees and self.trees.graft_counts  # type: ignore[attr-defined]
         return found

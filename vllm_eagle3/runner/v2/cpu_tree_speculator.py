@@ -6,7 +6,7 @@ import torch
 
 from vllm_eagle3.config import Eagle3Options
 from vllm_eagle3.kernels import cpu
-from vllm_eagle3.runner.v2.cpu_speculator import NOT_DRAFTED, CPUSpeculator
+from vllm_eagle3.runner.v2.cpu_speculator import NOT_DRAFTED, CPUSpeculator, StoppedChains
 from vllm_eagle3.runner.v2.grafts import Found
 from vllm_eagle3.runner.v2.tree_attention import PathMetadata
 from vllm_eagle3.runner.v2.tree_draws import TreeDraws
@@ -26,6 +26,10 @@ class CPUTreeSpeculator(TreeSpeculator, CPUSpeculator):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.growth = cpu.Growth if cpu.native() else Growth
+
+    def set_attn(self, model_state: Any, *args: Any, **kwargs: Any) -> None:
+        super().set_attn(model_state, *args, **kwargs)
+        StoppedChains.trees = model_state.tree_state
 
     def make_draws(self, tree_state: TreeState) -> TreeDraws | None:
         """Nodes are drawn here, because no graph of the growth holds the likeliest children."""

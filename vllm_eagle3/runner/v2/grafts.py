@@ -28,16 +28,18 @@ class Grafts:
         """
         self.options, self.req_states = options, req_states
 
-    def look_up(self, input_batch: Any, trees: TreeState, num_sampled: torch.Tensor) -> Found:
-        """Learn the acceptance of a batch's last grafts, and find its next continuations.
+    def learn(self, input_batch: Any, trees: TreeState, num_sampled: torch.Tensor) -> None:
+        """Learn the acceptance of a batch's last grafts.
 
-        input_batch: the verified batch. num_sampled: int [batch], tokens that each request got. The drafts of a request
-        whose prompt is not read yet are never verified.
+        input_batch: the verified batch. num_sampled: int [batch], tokens that each request got.
         """
+        drafted = input_batch.cu_num_logits[: input_batch.num_reqs + 1].diff().long() - 1
+        trees.learn_from_grafts(input_batch.idx_mapping, drafted, num_sampled.long() - 1)
+
+    def look_up(self, input_batch: Any, trees: TreeState) -> Found:
+        """Find a batch's next continuations. Drafts of a request whose prompt is not read yet are never verified."""
         states, length = self.req_states, self.options.length
         batch, requests = input_batch.num_reqs, input_batch.idx_mapping
-        drafted = input_batch.cu_num_logits[: batch + 1].diff().long() - 1
-        trees.learn_from_grafts(requests, drafted, num_sampled.long() - 1)
         longest = int(input_batch.seq_lens_cpu_upper_bound[:batch].max()) + 1  # the longest text
         texts = states.all_token_ids.gpu[requests, :longest]
         ends = states.total_len.gpu[requests].clamp(max=longest)

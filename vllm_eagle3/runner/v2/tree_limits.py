@@ -82,5 +82,13 @@ def needs_chain(params: Any, model_config: Any) -> bool:
 
 
 def may_draw(params: Any) -> bool:
-    """Whether a request's nodes may be drawn: it samples, and has no seed that determines its text."""
-    return params is not None and params.temperature > 0 and params.seed is None
+    """Whether a request's drafts may be drawn: it samples, has no seed that determines its text, and no grammar.
+
+    The scheduler drops the drafts that a grammar refuses, so that those verified depend on the tokens drawn.
+    """
+    return (
+        params is not None
+        and params.temperature > 0
+        and params.seed is None
+        and params.structured_outputs is None
+    )

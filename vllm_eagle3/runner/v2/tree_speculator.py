@@ -68,8 +68,7 @@ class TreeSpeculator(Eagle3Speculator):
         # vLLM asks the target for this hook. It is set on the instance.
         target_model.get_model_state_cls = lambda: TreeModelState  # type: ignore[assignment]
         super().load_model(target_model)
-        # The number of requests whose trees grow together. The rows of a level must not be more than the compiled draft
-        # accepts, and their logits must fit in memory.
+        # Requests whose trees grow together: a level's rows must fit the compiled draft, and their logits the memory.
         rows = min(self.max_num_tokens, MOST_LOGITS // self.model.draft_config.draft_vocab_size)
         self.group = max(rows // self.tree.topk, 1)
         (self.draft_attn_layer_name,) = self.draft_attn_layer_names
@@ -158,8 +157,9 @@ class TreeSpeculator(Eagle3Speculator):
             num_rejected = (num_rejected - path.dropped).clamp(min=0)
         batch, requests = input_batch.num_reqs, input_batch.idx_mapping
         found = None
-        if budget and trees is not None and self.grafts is not None:
-            found = self.grafts.look_up(input_batch, trees, num_sampled[:batch])
+        if trees is not None and self.grafts is not None:
+            self.grafts.learn(input_batch, trees, num_sampled[:batch])
+            found = self.grafts.look_up(input_batch, trees) if budget else None
         drafting = budget > 0 and (found is None or self.drafts_beside(found, num_sampled[:batch] > 0))
         if self.draws is not None:
             self.draws.begin(requests[:0] if trees is None else requests, self.shape.width)
@@ -216,7 +216,7 @@ class TreeSpeculator(Eagle3Speculator):
         log_probs, ids = self._children(hidden_states, slice(0, len(hidden_states)), 0)
         self.root_children[0][: len(ids), : self.shape.width] = log_probs
         self.root_children[1][: len(ids), : self.shape.width] = ids
-        return self.root_children[1][: len(ids), 0]
+        return ids[:, 0]
 
     def _children(
         self, hidden_states: torch.Tensor, at: slice, level: int

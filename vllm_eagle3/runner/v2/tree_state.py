@@ -59,6 +59,9 @@ class TreeState:
         self.given = zeros(requests)  # nodes of each graft: the tree's first ones
         self.match = zeros(requests)  # length of the match that each graft was looked up with
         self.rates = MatchRates(requests, device)
+        self.graft_counts: tuple[int, int] | None = (
+            None  # nodes verified and accepted in the last step, on a CPU
+        )
         self.draws: DrawnFrom | None = None  # None: no nodes are drawn
         # The addresses must not change, because a CUDA graph of the target may use them.
         self.mask = TreeMask(root=zeros(tokens), bits=zeros(tokens) + 1, positions=zeros(tokens))
@@ -141,7 +144,10 @@ class TreeState:
         # The path's node at depth d is d only on a graft, and behind the accepted ones.
         on_graft = self.path[requests, 1:] == nodes
         on_graft &= nodes <= torch.minimum(verified, accepted)[:, None]
-        self.rates.observe(requests, self.match[requests], verified, on_graft.sum(dim=1), len(nodes))
+        taken = on_graft.sum(dim=1)
+        self.rates.observe(requests, self.match[requests], verified, taken, len(nodes))
+        if taken.device.type == "cpu":  # a GPU's would be waited for
+            self.graft_counts = int(verified.sum()), int(taken.sum())
 
     def drawn_trees(self, requests: torch.Tensor) -> DrawnTrees:
         """The data that verification needs for the drawn trees of these requests."""
