@@ -27,6 +27,10 @@ WHILE_SERVING = {
         "what was learned was saved when the engine last became idle",
         "runner/test_policy_scheduler.py",
     ),
+    "the engine's process is killed": (
+        "requests get an error (500 or a closed connection), and the server ends, as vLLM does",
+        "e2e/test_stopping.py",
+    ),
     "the draft computes NaN": (
         "the same text; after 200 drafts one warning, and policy auto probes in about one step of 70",
         "runner/test_drills.py",
@@ -38,7 +42,7 @@ WHILE_SERVING = {
     "the KV cache is full": ("requests wait or are computed again; the same text", "runner/test_drills.py"),
     "clients leave in mid-stream, requests are aborted": (
         "the others are answered as ever",
-        "runner/test_drills.py",
+        "runner/test_drills.py, e2e/test_openai.py",
     ),
     "asynchronous scheduling runs out of requests": (
         "nothing",
@@ -46,7 +50,7 @@ WHILE_SERVING = {
     ),
     "top_k without top_p at T > 0 on a CPU": (
         "an answer",
-        "runner/v1/test_sampling_matrix.py",
+        "runner/v1/test_sampling_matrix.py, e2e/test_openai.py",
     ),
     "a seed at T > 0 with a prompt of several steps on a CPU": (
         "an answer",
@@ -54,7 +58,7 @@ WHILE_SERVING = {
     ),
     "eagle3_max_draft_tokens is no integer from 0 to K": (
         "400, and what is allowed",
-        "runner/test_request_limit.py",
+        "runner/test_request_limit.py, e2e/test_serve.py",
     ),
     "a tree on the V1 runner": (
         "refused before anything starts, with the reason why the engine gets that runner",

@@ -140,8 +140,8 @@ class DraftScheduler(Scheduler):
         assert spec is not None and spec.draft_model_config is not None
         logger.warning(
             "vllm-eagle3: of the last %d drafts %d were accepted: %s is probably no draft for %s, or reads other "
-            "layers than it was trained on (option aux_layers). `vllm-eagle3 inspect DRAFT --target TARGET` says "
-            "how it is read",
+            "layers than it was trained on (option aux_layers). `vllm-eagle3 doctor --target TARGET --draft DRAFT` "
+            "says whether they fit",
             self._watched["drafts"],
             self._watched["accepted"],
             spec.draft_model_config.model,

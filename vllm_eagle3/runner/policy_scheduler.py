@@ -21,7 +21,7 @@ from vllm_eagle3.config import Eagle3Options
 from vllm_eagle3.policy.cost_file import CostFile, CostKey
 from vllm_eagle3.policy.policy import Policy
 from vllm_eagle3.policy.shape import NOTHING, Shape, chains
-from vllm_eagle3.runner.draft_scheduler import HURRIED, DraftScheduler
+from vllm_eagle3.runner.draft_scheduler import HURRIED, LIMITED, DraftScheduler
 from vllm_eagle3.runner.policy_install import largest_tree, tree_shapes
 
 if TYPE_CHECKING:
@@ -123,6 +123,7 @@ class PolicyMixin(DraftScheduler):
         most = self.largest_limit()
         self._hurried = not self._hurried and self._first_token_is_due()
         self._fallbacks[HURRIED] += self._hurried
+        self._fallbacks[LIMITED] += batch * (most == 0)
         if most == 0 or self._hurried:
             self._shape = NOTHING
             return 0
