@@ -57,7 +57,7 @@ def served(
     log: Path,
     *flags: str,
     drafts: int = 3,
-    v2: bool = False,
+    v2: bool | None = None,
     cache: Path | None = None,
     **options: Any,
 ) -> Iterator[Served]:
@@ -69,7 +69,8 @@ def served(
     command += ["--speculative-config", json.dumps(config)]
     command += ["--additional-config", json.dumps({"eagle3": options})]
     env = os.environ | {"VLLM_LOGGING_LEVEL": "INFO", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    env["VLLM_USE_V2_MODEL_RUNNER"] = str(int(v2))
+    if v2 is not None:  # otherwise the runner is the plugin's choice
+        env["VLLM_USE_V2_MODEL_RUNNER"] = str(int(v2))
     if cache is not None:
         env["XDG_CACHE_HOME"] = str(cache)
     with log.open("w") as out:

@@ -1,4 +1,4 @@
-"""The policy in vLLM's scheduler on the V1 runner, closed-form and random pairs (about 40 s)."""
+"""The policy in vLLM's scheduler, closed-form and random pairs (about 40 s)."""
 
 import itertools
 import json
