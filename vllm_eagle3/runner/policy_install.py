@@ -63,8 +63,15 @@ def install(vllm_config: VllmConfig, options: Eagle3Options) -> bool:
 
 def _install_fixed(vllm_config: VllmConfig) -> None:
     """Install the scheduler for policy "fixed", so that requests can limit their drafts and metrics are complete."""
-    if vllm_config.scheduler_config.scheduler_cls is None:
-        vllm_config.scheduler_config.scheduler_cls = FIXED_SCHEDULER
+    scheduler = vllm_config.scheduler_config
+    if scheduler.scheduler_cls is None:
+        scheduler.scheduler_cls = FIXED_SCHEDULER
+    elif scheduler.scheduler_cls != FIXED_SCHEDULER:
+        logger.warning(
+            "vllm-eagle3: scheduler_cls is %r: requests cannot limit their drafts, and the counters vllm:eagle3_* "
+            "stay 0",
+            scheduler.scheduler_cls,
+        )
 
 
 def _obstacle(vllm_config: VllmConfig) -> str | None:

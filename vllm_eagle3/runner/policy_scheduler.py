@@ -133,16 +133,22 @@ class PolicyMixin(DraftScheduler):
         self._shape = self.draft_policy.choose(batch, self._context())
         if most is not None and most < self._shape.nodes:
             self._shape = next(shape for shape in reversed(self.draft_policy.shapes) if shape.nodes <= most)
+            self._fallbacks[LIMITED] += batch
         return self._shape.nodes
 
     def _first_token_is_due(self) -> bool:
-        """Whether this step ends a prompt, whose first token would wait until the whole batch has drafted.
+        """Whether this step can end a prompt, whose first token would wait until the whole batch has drafted.
 
         Only with synchronous scheduling: otherwise tokens leave before drafts are made. Where every step ends a prompt,
-        every second one drafts.
+        every second one drafts. vLLM does not say here how many tokens of each request it schedules, so a step whose
+        budget other requests have used up may count too.
         """
-        return not self.scheduler_config.async_scheduling and any(
-            0 < request.num_prompt_tokens - request.num_computed_tokens <= self.max_num_scheduled_tokens
+        if self.scheduler_config.async_scheduling:
+            return False
+        most = self.scheduler_config.long_prefill_token_threshold or self.max_num_scheduled_tokens
+        return any(
+            request.num_output_tokens == 0
+            and 0 < request.num_prompt_tokens - request.num_computed_tokens <= most
             for request in self.running
         )
 
