@@ -142,6 +142,23 @@ def test_asynchronous_scheduling_learns_at_once(monkeypatch):
     assert sched.draft_policy.acceptance[0].rates()[1] == pytest.approx(1.0, abs=0.3)
 
 
+def test_a_cut_tree_teaches_nothing_when_the_next_one_is_cut_already():
+    """Asynchronous: the next step's cuts are made before this step's results are read."""
+    sched = object.__new__(policy_scheduler.AsyncPolicyScheduler)
+    sched.draft_policy = Policy(SeenCost(StepCostModel.guess()), chains([1, 2]))
+    sched._start_counting()
+    sched._drafted = {}
+    step = SimpleNamespace(
+        num_invalid_spec_tokens=None,
+        scheduled_spec_decode_tokens={"cut": [-1, -1], "whole": [-1, -1]},
+        cut_trees=frozenset({"cut"}),
+    )
+    sched._cut_trees = {"whole"}  # in the next step
+    output = SimpleNamespace(req_id_to_index={"cut": 0, "whole": 1}, sampled_token_ids=[[5], [5, 6, 7]])
+    sched._observe_acceptance(step, output)
+    assert set(sched.draft_policy.requests) == {"whole"}
+
+
 def test_it_learns_acceptance_and_cost_and_keeps_them(
     engine, closed_form_target, closed_form_draft, tmp_path
 ):
