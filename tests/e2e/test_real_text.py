@@ -1,4 +1,4 @@
-"""SmolLM2 with the shipped head on the V1 runner: fp32 text is the target's on 40 prompts (120 s)."""
+"""SmolLM2 with the shipped head: fp32 text is the target's on 40 prompts (120 s)."""
 
 import json
 from pathlib import Path
