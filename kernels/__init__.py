@@ -7,20 +7,26 @@ backend="triton" or "torch" overrides the choice. The torch paths do not need Tr
 from ._triton import HAS_TRITON
 from .commit_kv import KVTable, commit_kv, kv_table
 from .concat_fc import concat_fc
-from .head_topk import HeadTopK, head_topk, local_topk, merge_topk
-from .linear_fp8 import linear_fp8, quant_fp8
+from .head_shards import sharded_topk
+from .head_topk import HeadTopK, head_topk
+from .linear_fp8 import MOST_ROWS, linear_fp8, quant_fp8
 from .path_attention import path_attention
+from .skinny_gemm import ROWS_OF_EACH_TILE
 from .topk import MOST_LOGITS, UNLIKELY, finite, top_children, top_k
 from .tree_attention import node_attention, tree_attention
+from .tree_growth import TreeGrowth
 from .tree_steps import MAX_NODES, ancestor_bits, tree_walk
 
 __all__ = [
     "HAS_TRITON",
     "MAX_NODES",
     "MOST_LOGITS",
+    "MOST_ROWS",
+    "ROWS_OF_EACH_TILE",
     "UNLIKELY",
     "HeadTopK",
     "KVTable",
+    "TreeGrowth",
     "ancestor_bits",
     "commit_kv",
     "concat_fc",
@@ -28,11 +34,10 @@ __all__ = [
     "head_topk",
     "kv_table",
     "linear_fp8",
-    "local_topk",
-    "merge_topk",
     "node_attention",
     "path_attention",
     "quant_fp8",
+    "sharded_topk",
     "top_children",
     "top_k",
     "tree_attention",

@@ -24,8 +24,8 @@ except ImportError:
         constexpr = Any
 
         @staticmethod
-        def jit(fn: Any) -> Any:
-            return fn
+        def jit(fn: Any = None, **options: Any) -> Any:
+            return fn if fn is not None else lambda kernel: kernel
 
     triton = tl = _Absent()  # type: ignore[assignment]
 

@@ -12,7 +12,6 @@ logit, as in torch.topk.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -51,13 +50,15 @@ def _finite_or_zero(m):
     return tl.where(tl.abs(m) == float("inf"), 0.0, m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])  # or some numbers of rows would compile while requests wait
 def _block_topk_kernel(
     x_ptr, x_stride,
     weight_ptr, weight_stride,
+    scale_ptr,
     keys_ptr, lse_ptr,
     n, vocab, h, vocab_start, logit_scale,
     K: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -84,6 +85,8 @@ def _block_topk_kernel(
         w = tl.load(w_rows + cols[None, :], mask=w_mask, other=0.0)
         x = tl.load(x_rows + cols[:, None], mask=x_mask, other=0.0)
         acc = tl.dot(w.to(x.dtype), x, acc, input_precision="ieee")
+    if HAS_SCALE:
+        acc *= tl.load(scale_ptr + offs_v, mask=v_ok, other=0.0)[:, None]
     # Rows beyond the vocabulary get -inf and the highest ids, so that all real rows come before them.
     logits = tl.where(v_ok[:, None], acc * logit_scale, float("-inf"))
 
@@ -147,54 +150,21 @@ def head_topk(
     *,
     d2t: Tensor | None = None,
     logit_scale: float = 1.0,
+    weight_scale: Tensor | None = None,
     backend: Backend | None = None,
 ) -> HeadTopK:
     """Top-k of logit_scale * x @ weight^T in the draft's vocabulary, mapped to target ids.
 
-    x [n, h]; weight [V, h] of x's dtype; d2t int64 [V] offsets (None: both vocabularies are the same);
-    1 <= k <= min(V, 64). Ties go to the lowest draft id. On CUDA the logits are fp32 sums; on a CPU the matrix product
-    rounds them to x's dtype.
+    x [n, h]; weight [V, h] of x's dtype, or float8_e4m3fn with weight_scale fp32 [V] as from `quant_fp8`; d2t int64 [V]
+    offsets (None: both vocabularies are the same); 1 <= k <= min(V, 64). Ties go to the lowest draft id. On CUDA the
+    logits are fp32 sums; on a CPU the matrix product rounds them to x's dtype.
     Raises ValueError on arguments that do not fit together.
     """
     if d2t is not None and (tuple(d2t.shape) != (weight.shape[0],) or d2t.dtype != torch.int64):
         raise ValueError(f"d2t must be int64 [{weight.shape[0]}], found {d2t.dtype} {tuple(d2t.shape)}")
     if not 1 <= k <= weight.shape[0]:
         raise ValueError(f"k must be in 1..{weight.shape[0]} (the draft vocabulary), found {k}")
-    return _head(x, weight, k, 0, logit_scale, d2t, backend)
-
-
-def local_topk(
-    x: Tensor,
-    weight: Tensor,
-    k: int,
-    *,
-    vocab_start: int,
-    logit_scale: float = 1.0,
-    backend: Backend | None = None,
-) -> HeadTopK:
-    """Top-k over one rank's rows of the head, weight [V_rank, h], which start at draft id vocab_start.
-
-    Like `head_topk` without d2t; ids are draft ids of the whole vocabulary. A rank with V_rank < k rows returns
-    V_rank columns, which the caller pads with logits of -inf before it gathers them from all ranks.
-    """
-    return _head(x, weight, min(k, weight.shape[0]), vocab_start, logit_scale, None, backend)
-
-
-def merge_topk(
-    parts: Sequence[HeadTopK], k: int, *, d2t: Tensor | None = None, backend: Backend | None = None
-) -> HeadTopK:
-    """Top-k of the whole vocabulary from the `local_topk` of all ranks. Equals `head_topk` of the unsplit head.
-
-    Raises ValueError if the parts hold fewer than k candidates.
-    """
-    draft_ids = torch.cat([p.draft_ids for p in parts], dim=1)
-    if draft_ids.shape[1] < k:
-        raise ValueError(f"k={k} exceeds the {draft_ids.shape[1]} candidates of {len(parts)} parts")
-    keys = pack_keys(torch.cat([p.logits for p in parts], dim=1), draft_ids)
-    lse = torch.stack([p.lse for p in parts], dim=1)
-    if choose_backend(backend, draft_ids, d2t) == "torch":
-        return _mapped(*unpack_keys(keys.topk(k, dim=-1).values), lse.logsumexp(dim=-1), d2t)
-    return _merge(keys, lse, k, d2t)
+    return block_topk(x, weight, k, 0, logit_scale, d2t, weight_scale, backend)
 
 
 def pack_keys(logits: Tensor, ids: Tensor) -> Tensor:
@@ -211,19 +181,23 @@ def unpack_keys(keys: Tensor) -> tuple[Tensor, Tensor]:
     return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32), 0x7FFFFFFF - (keys & 0x7FFFFFFF)
 
 
-def _head(
+def block_topk(
     x: Tensor,
     weight: Tensor,
     k: int,
     vocab_start: int,
     logit_scale: float,
     d2t: Tensor | None,
+    weight_scale: Tensor | None,
     backend: Backend | None,
 ) -> HeadTopK:
-    _check(x, weight, k)
+    """Top-k over rows of the head that start at draft id vocab_start."""
+    _check(x, weight, weight_scale, k)
     n, (vocab, h) = x.shape[0], weight.shape
     assert vocab_start + vocab < 2**31, "ids fill 31 bits of a key"
     if choose_backend(backend, x, weight, d2t) == "torch":
+        if weight_scale is not None:
+            weight = (weight.float() * weight_scale[:, None]).to(x.dtype)
         return _head_torch(x, weight, k, vocab_start, logit_scale, d2t)
     assert x.stride(1) == 1 and weight.stride(1) == 1, "columns of x and weight: adjacent"
     block_m = min(max(next_power_of_2(n), 16), 64)
@@ -234,11 +208,11 @@ def _head(
     lse = torch.empty(n, blocks, dtype=torch.float32, device=x.device)
     if lse.numel() > 0:
         _block_topk_kernel[(cdiv(n, block_m), blocks)](
-            x, row_stride(x), weight, weight.stride(0), keys, lse, n, vocab, h, vocab_start, logit_scale,
-            K=k, EVEN_K=h % block_k == 0, BLOCK_M=block_m, BLOCK_V=block_v, BLOCK_K=block_k,
-            num_warps=4, num_stages=3,
+            x, row_stride(x), weight, weight.stride(0), weight_scale, keys, lse, n, vocab, h, vocab_start, logit_scale,
+            K=k, HAS_SCALE=weight_scale is not None, EVEN_K=h % block_k == 0, BLOCK_M=block_m, BLOCK_V=block_v,
+            BLOCK_K=block_k, num_warps=4, num_stages=3,
         )  # fmt: skip
-    return _merge(keys, lse, k, d2t)
+    return merge_keys(keys, lse, k, d2t)
 
 
 def _head_torch(
@@ -256,18 +230,19 @@ def _head_torch(
     lse = logits.logsumexp(dim=-1)
     if k == 1:  # argmax returns the first of equal maxima
         draft_ids = logits.argmax(dim=-1, keepdim=True)
-        return _mapped(
+        return mapped(
             logits.gather(1, draft_ids), draft_ids + vocab_start if vocab_start else draft_ids, lse, d2t
         )
     ids = torch.arange(vocab_start, vocab_start + weight.shape[0], device=x.device)
-    return _mapped(*unpack_keys(pack_keys(logits, ids).topk(k, dim=-1).values), lse, d2t)
+    return mapped(*unpack_keys(pack_keys(logits, ids).topk(k, dim=-1).values), lse, d2t)
 
 
-def _mapped(logits: Tensor, draft_ids: Tensor, lse: Tensor, d2t: Tensor | None) -> HeadTopK:
+def mapped(logits: Tensor, draft_ids: Tensor, lse: Tensor, d2t: Tensor | None) -> HeadTopK:
+    """The result with target ids."""
     return HeadTopK(draft_ids if d2t is None else draft_ids + d2t[draft_ids], draft_ids, logits, lse)
 
 
-def _merge(keys: Tensor, lse: Tensor, k: int, d2t: Tensor | None) -> HeadTopK:
+def merge_keys(keys: Tensor, lse: Tensor, k: int, d2t: Tensor | None) -> HeadTopK:
     """Launch the merge of candidate keys [n, >= k] and log-sum-exp parts [n, p]."""
     n = keys.shape[0]
     ids, draft_ids = torch.empty(2, n, k, dtype=torch.int64, device=keys.device)
@@ -283,12 +258,18 @@ def _merge(keys: Tensor, lse: Tensor, k: int, d2t: Tensor | None) -> HeadTopK:
     return HeadTopK(ids, draft_ids, logits, out_lse)
 
 
-def _check(x: Tensor, weight: Tensor, k: int) -> None:
+def _check(x: Tensor, weight: Tensor, weight_scale: Tensor | None, k: int) -> None:
     if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
         raise ValueError(
             f"x must be [n, h] and weight [V, h], found {tuple(x.shape)} and {tuple(weight.shape)}"
         )
     if k > MAX_K:
         raise ValueError(f"k must be at most {MAX_K}, found {k}")
-    if weight.dtype != x.dtype:
+    if weight_scale is not None:
+        if weight.dtype != torch.float8_e4m3fn or weight_scale.shape != weight.shape[:1]:
+            found = f"{weight.dtype}, {tuple(weight_scale.shape)}"
+            raise ValueError(
+                f"a weight with a scale is float8_e4m3fn with [{len(weight)}] scales, found {found}"
+            )
+    elif weight.dtype != x.dtype:
         raise ValueError(f"x and weight must share a dtype, found {x.dtype} and {weight.dtype}")

@@ -15,6 +15,8 @@ from torch import Tensor
 from ._triton import Backend, choose_backend
 from .skinny_gemm import skinny_gemm
 
+MOST_ROWS = 64
+"""Above, reading weights is not what a product takes its time for, and it is left to the unrounded weights."""
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max  # 448
 
 

@@ -19,6 +19,12 @@ from torch import Tensor
 
 from ._triton import cdiv, next_power_of_2, num_sms, row_stride, tl, triton
 
+ROWS_OF_EACH_TILE = (1, 17, 33)
+"""A number of rows for each tile of 16, 32 and 64 rows that `concat_fc`, `linear_fp8` and `head_topk` choose.
+
+Launched with these, they have compiled what any other number of rows needs (`linear_fp8` and `concat_fc` up to 64).
+"""
+
 
 @dataclass(frozen=True)
 class SplitKConfig:
@@ -77,7 +83,7 @@ def _rstd_kernel(
 
 
 # Long: a quarter is the signature, and the steps of one program share too many values to be functions of their own.
-@triton.jit
+@triton.jit(do_not_specialize=["n"])  # or some numbers of rows would compile while requests wait
 def _split_k_kernel(
     x_ptrs, x_strides, widths,
     weight_ptr, weight_stride,

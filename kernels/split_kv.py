@@ -16,7 +16,7 @@ MOST_PARTIAL_BYTES = 64 << 20  # of the partial sums of values in one call
 LEAST_KEYS = 256  # of a share; smaller shares would cost more to merge than to read
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["requests"])
 def _merge_splits_kernel(
     out_ptr, out_stride,
     part_ptr, part_max_ptr, part_sum_ptr,

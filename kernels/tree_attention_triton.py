@@ -75,7 +75,7 @@ def _attend_tile(
 
 
 # Long: a third is the signature, and the steps of one program share too many values to be functions of their own.
-@triton.jit
+@triton.jit(do_not_specialize=["requests", "lse_stride"])  # or some batches would compile while they wait
 def tree_attention_kernel(
     out_ptr, out_stride,
     lse_ptr, lse_stride,

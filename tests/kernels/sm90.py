@@ -63,6 +63,22 @@ class Compiled:
         return min((228 << 10) // (self.shared + 1024), (1 << 16) // registers)
 
 
+def describe(self: JITFunction, bound: dict[str, object]) -> tuple[dict[str, object], dict, dict]:
+    """What Triton compiles a launch for: types by parameter, constants and properties of integers and pointers."""
+    consts: dict = {}
+    attrs: dict = {}
+    signature: dict[str, object] = {}
+    for i, param in enumerate(self.params):
+        value = bound[param.name]
+        if param.is_constexpr:
+            signature[param.name], consts[(i,)] = "constexpr", value
+        elif param.do_not_specialize:
+            signature[param.name] = "i32"
+        else:
+            signature[param.name] = _describe(value, (i,), consts, attrs)
+    return signature, consts, attrs
+
+
 def _describe(value: object, path: tuple[int, ...], consts: dict, attrs: dict) -> object:
     if isinstance(value, tuple):
         return tuple(_describe(v, (*path, i), consts, attrs) for i, v in enumerate(value))
@@ -121,15 +137,7 @@ def recording() -> Iterator[list[Compiled]]:
     def run(self: JITFunction, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
         options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages") if k in kwargs}
         bound = self.signature.bind(*args, **kwargs).arguments
-        consts: dict = {}
-        attrs: dict = {}
-        signature: dict[str, object] = {}
-        for i, param in enumerate(self.params):
-            value = bound[param.name]
-            if param.is_constexpr:
-                signature[param.name], consts[(i,)] = "constexpr", value
-            else:
-                signature[param.name] = _describe(value, (i,), consts, attrs)
+        signature, consts, attrs = describe(self, dict(bound))
         source = ASTSource(fn=self, signature=signature, constexprs=consts, attrs=attrs)
         kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
         cubin = kernel.asm["cubin"]
@@ -192,6 +200,13 @@ def launches_of_8b_shapes() -> dict[str, Callable[[], object]]:
         states = [of(n, h, dtype=dtype)] * 3
         return k.concat_fc(states, of(h, 3 * h, dtype=dtype), backend="triton", **options)
 
+    def growth() -> None:
+        trees = k.TreeGrowth(6, 10, of(8, dtype=torch.bool), of(8, dtype=i64), 9999, torch.int32)
+        for width in (1, 10, 10):
+            rows = 8 * width
+            trees.extend(of(rows, 10, dtype=fp32), of(rows, 10, dtype=i64), of(rows, h))
+        trees.rerank(of(8, 60, dtype=i64), of(8, 60, dtype=i64))
+
     calls: dict[str, Callable[[], object]] = {
         "fc_1": lambda: fc(1),
         "fc_64": lambda: fc(64),
@@ -199,9 +214,13 @@ def launches_of_8b_shapes() -> dict[str, Callable[[], object]]:
         "fc_fp32": lambda: fc(64, fp32),
         "head_1": lambda: k.head_topk(of(1, h), head, 1, d2t=d2t, backend="triton"),
         "head_top10_64": lambda: k.head_topk(of(64, h), head, 10, d2t=d2t, backend="triton"),
+        "head_fp8_64": lambda: k.head_topk(
+            of(64, h), of(vocab, h, dtype=fp8), 10, d2t=d2t, weight_scale=of(vocab, dtype=fp32), backend="triton"
+        ),
         "linear_fp8": lambda: k.linear_fp8(
             of(8, h), of(h, h, dtype=fp8), of(h, dtype=fp32), backend="triton"
         ),
+        "growth": growth,
         "ancestor_bits": lambda: k.ancestor_bits(of(4, 61, dtype=i64), backend="triton"),
         "tree_walk": lambda: k.tree_walk(*[of(4, 61, dtype=i64)] * 3, backend="triton"),
         "tree_attention_1": lambda: tree_attention(1, 61),

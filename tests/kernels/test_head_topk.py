@@ -1,4 +1,4 @@
-"""head_topk, local_topk, merge_topk: kernels and torch twin against fp64 logits. About 10 s interpreted."""
+"""head_topk and its form for several ranks: kernels and torch twin against fp64 logits. About 10 s interpreted."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference import DTYPES, TOLERANCE, assert_near, randn, strided
 
-from vllm_eagle3.kernels import head_topk, local_topk, merge_topk
+from vllm_eagle3.kernels import head_topk, quant_fp8, sharded_topk
+from vllm_eagle3.kernels.head_shards import local_topk, merge_topk
 from vllm_eagle3.kernels.head_topk import pack_keys, unpack_keys
 
 BACKENDS = ["triton", "torch"]
@@ -134,6 +135,50 @@ def test_vocabulary_shards_merge_to_the_whole(backend, device):
     assert torch.equal(merge_topk([parts[0], padded, *parts[2:]], 6, d2t=d2t, backend=backend).ids, whole.ids)
     with pytest.raises(ValueError, match="k=4 exceeds the 3 candidates"):
         merge_topk(parts[1:3], 4, backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weights_in_fp8(backend, dtype, device):
+    x, weight = make(5, 260, 70, dtype, device)
+    w8, scale = quant_fp8(weight)
+    rounded = (w8.float() * scale[:, None]).to(dtype)
+    out = head_topk(x, w8, 4, logit_scale=0.5, weight_scale=scale, backend=backend)
+    check(out, x, rounded, 4, scale=0.5)
+    with pytest.raises(
+        ValueError, match=r"float8_e4m3fn with \[260\] scales, found torch.float8_e4m3fn, \(3,\)"
+    ):
+        head_topk(x, w8, 4, weight_scale=scale[:3], backend=backend)
+    with pytest.raises(ValueError, match="share a dtype"):
+        head_topk(x, w8, 4, backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_rank_finds_the_top_of_all(backend, device):
+    x, weight = make(4, 300, 80, torch.float32, device)
+    d2t = torch.arange(300, device=device) * 2
+    bounds = [0, 100, 103, 103, 300]  # one rank has fewer than k rows, one has none
+    whole = head_topk(x, weight, 5, d2t=d2t, logit_scale=0.5, backend=backend)
+    sent = []
+
+    def top(rank, gather):
+        a, b = bounds[rank : rank + 2]
+        return sharded_topk(
+            x, weight[a:b], 5, vocab_start=a, gather=gather, d2t=d2t, logit_scale=0.5, backend=backend
+        )
+
+    def send(own):
+        sent.append(own)
+        return own.repeat(1, 4)
+
+    for rank in range(4):
+        top(rank, send)
+    assert {tuple(own.shape) for own in sent} == {(4, 11)}
+    for rank in (0, 2):
+        found = top(rank, lambda own: torch.cat(sent, dim=1))
+        assert torch.equal(found.ids, whole.ids) and torch.equal(found.draft_ids, whole.draft_ids)
+        torch.testing.assert_close(found.logits, whole.logits)
+        torch.testing.assert_close(found.lse, whole.lse)
 
 
 @settings(
