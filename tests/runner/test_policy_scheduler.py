@@ -126,6 +126,7 @@ def test_asynchronous_scheduling_learns_at_once(monkeypatch):
     sched.running = [SimpleNamespace(num_computed_tokens=9)]
     sched._start_counting()
     sched._drafted, sched._cut_trees, sched._unlearned, sched._last_step = {}, set(), None, 0.0
+    sched._decoded_only = False
     monkeypatch.setattr(policy_scheduler.AsyncScheduler, "update_from_output", lambda *_: {})
     step = SimpleNamespace(
         num_invalid_spec_tokens=None,
@@ -136,6 +137,8 @@ def test_asynchronous_scheduling_learns_at_once(monkeypatch):
         finished_req_ids=set(),
     )
     output = SimpleNamespace(req_id_to_index={"a": 0}, sampled_token_ids=[[5, 6, 7]])
+    sched.update_from_output(step, output)
+    assert not sched.draft_policy.cost.observations, "the step before it may have read a prompt"
     for _ in range(3):
         sched.update_from_output(step, output)
     assert sched.draft_policy.cost.known(1, 2)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -49,13 +50,17 @@ class Acceptance:
 
         keep: the largest share of the earlier counts that is kept; it is lower for a probe after a long pause.
         """
+        self.observe_counts(Counter(zip(drafted, accepted, strict=True)), keep)
+
+    def observe_counts(self, counts: Mapping[tuple[int, int], int], keep: float = 1.0) -> None:
+        """One step, as how many requests had which (depth drafted, drafts accepted): there are few different ones."""
         deepest = len(self._tried)
-        tried, passed = [0] * deepest, [0] * deepest  # at each depth; plain Python, as it runs in every step
-        for depth, good in zip(drafted, accepted, strict=True):
+        tried, passed = [0] * deepest, [0] * deepest  # at each depth
+        for (depth, good), requests in counts.items():
             for level in range(min(good + 1, depth, deepest)):
-                tried[level] += 1
+                tried[level] += requests
             for level in range(min(good, depth, deepest)):
-                passed[level] += 1
+                passed[level] += requests
         keep = min(keep, 1.0 - min(tried[0] / self.window, 1.0 / self.min_steps))
         self._tried = [keep * old + new for old, new in zip(self._tried, tried, strict=True)]
         self._accepted = [keep * old + new for old, new in zip(self._accepted, passed, strict=True)]

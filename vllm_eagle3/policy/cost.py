@@ -101,7 +101,7 @@ class SeenCost:
     LEVEL_GAIN, LEVEL_CLIP = 0.1, 0.5  # of the logarithm of observed over predicted
 
     def __init__(self, model: StepCostModel, max_age: int = 2000) -> None:
-        self.max_age = max_age
+        self.model, self.max_age = model, max_age
         self._ratios: dict[tuple[int, int], deque[tuple[float, float]]] = {}  # ratio, uncorrected seconds
         self._last: dict[tuple[int, int], int] = {}  # observation number of the newest ratio
         self._typical: dict[tuple[int, int], float] = {}  # of the cells with enough ratios

@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from vllm_eagle3.config import cache_folder
-from vllm_eagle3.policy.cost import SeenCost, StepCostModel
+from vllm_eagle3.policy import cost_table
+from vllm_eagle3.policy.cost import SeenCost, StepCostModel, interpolate
 
 logger = logging.getLogger("vllm.eagle3")
 
@@ -24,6 +25,7 @@ FORMAT = (
     1  # of the JSON file; to be raised when StepCostModel.guess changes, because the file holds ratios to it
 )
 LARGEST = 1 << 20  # bytes; a file that we write has a few thousand
+SAME_MACHINE = 1.25  # largest ratio of two measurements of one time on an unchanged machine
 
 
 @dataclass(frozen=True)
@@ -91,9 +93,20 @@ class CostFile:
             raise ValueError(
                 f"expected format {FORMAT} for {asdict(self.key)}, found format {found[0]} for {found[1]}"
             )
-        cost = SeenCost(StepCostModel.guess())
+        measured = data.get("model")
+        cost = SeenCost(StepCostModel.guess() if measured is None else cost_table.from_json(measured))
         cost.from_json(data["seen"])
         return cost
+
+    def keep_model(self, model: StepCostModel) -> None:
+        """Write a model measured at start-up. What was seen with an earlier one stays, if both are of one machine.
+
+        They are where none of the target's times has changed by more than SAME_MACHINE: another driver or another way
+        of running steps changes them more, and then what was seen is outdated as well. Never raises.
+        """
+        known = self.load()
+        if known.model == StepCostModel.guess() or not alike(known.model, model):
+            self.save(SeenCost(model))
 
     def save_when_due(self, cost: SeenCost, idle: bool) -> None:
         """Save what changed: each minute, or sooner when the engine has just become idle. Never raises."""
@@ -115,6 +128,8 @@ class CostFile:
             "key": asdict(self.key),
             "seen": cost.to_json(),
         }
+        if cost.model != StepCostModel.guess():
+            data["model"] = cost_table.to_json(cost.model)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             part.write_text(json.dumps(data), encoding="utf-8")
@@ -127,6 +142,17 @@ class CostFile:
         if not self._warned:
             self._warned = True
             logger.warning("vllm-eagle3: %s", text)
+
+
+def alike(old: StepCostModel, new: StepCostModel) -> bool:
+    """Whether two measured models have about the same times of the target."""
+    ratios = [
+        seconds / max(interpolate(old.target[context], tokens), 1e-9)
+        for context, curve in new.target.items()
+        if context in old.target
+        for tokens, seconds in curve.items()
+    ]
+    return bool(ratios) and all(1 / SAME_MACHINE <= ratio <= SAME_MACHINE for ratio in ratios)
 
 
 def _remove(part: Path) -> None:

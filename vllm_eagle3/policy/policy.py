@@ -5,6 +5,7 @@ Expected tokens come from measured acceptance, step times from `cost.SeenCost`. 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from operator import mul
@@ -13,7 +14,7 @@ import numpy as np
 
 from vllm_eagle3.policy.acceptance import Acceptance, Kinds, allocate, request_survivals
 from vllm_eagle3.policy.cost import SeenCost, bucket
-from vllm_eagle3.policy.shape import NOTHING, Shape
+from vllm_eagle3.policy.shape import NOTHING, Shape, at_least_smaller
 
 
 class Policy:
@@ -64,6 +65,7 @@ class Policy:
         )
         self.continuation = Acceptance(max(depth - 1, 0), prior=1.0)
         """Whether chains continue after each draft: the draft stops a chain early that it finds improbable."""
+        self.follows_requests = True  # whether `lengths` will need each request's own acceptance
         self.requests: dict[str, tuple[float, float]] = {}  # drafts tried and accepted; older ones count less
         self._verified: dict[int, float] = {}  # nodes of a tree that are used, by nodes
         self._gains: dict[int, float] = {}  # by nodes, until the next observation
@@ -74,6 +76,9 @@ class Policy:
         self._probe_left = 0  # further steps of the probe
         self.doubtful = False  # whether hardly any draft was accepted lately
         self.probing = False  # whether the last choice is a probe at K = 0, which only a few requests verify
+        self.countable = (
+            True  # whether the time of the next step can be learned from: shapes are explored only then
+        )
         self._turn = 0  # rotates the probing requests
         self._tries: dict[tuple[int, int], int] = {}
 
@@ -115,29 +120,20 @@ class Policy:
     def best(self, batch: int, context: float = 0.0) -> Shape:
         """The smallest shape within TIE of the most expected tokens per second.
 
-        A step of a larger chain never counts as shorter than one of a smaller chain, even if noise made it look so;
-        nor does a step of a larger tree among trees. A tree may take fewer draft steps than a chain.
+        Among chains, and among trees, the step of a larger one never counts as shorter, even if noise made it look so.
         """
-        gains = np.array([self.gain(s) for s in self.shapes])
+        gains = [self.gain(s) for s in self.shapes]
         factors = [self.cost.correction(batch, s.nodes) for s in self.shapes]
-        loads = {1 << i for i in range(bucket(batch))} | {batch}
         allowed = len(self.shapes)
-        for load in sorted(loads):
+        for load in sorted({1 << i for i in range(bucket(batch))} | {batch}):
             seconds = [
                 factor * self._base(shape, load, context, *self.expected_drafts(shape, load))
                 for factor, shape in zip(factors, self.shapes[:allowed], strict=False)
             ]
-            speeds = gains[:allowed] / self._at_least_smaller(np.array(seconds))
-            allowed = int(np.argmax(speeds >= (1.0 - self.TIE) * speeds.max())) + 1
+            raised = at_least_smaller(self.shapes, seconds)
+            speeds = [gain / time for gain, time in zip(gains, raised, strict=False)]
+            allowed = next(i for i, speed in enumerate(speeds, 1) if speed >= (1.0 - self.TIE) * max(speeds))
         return self.shapes[allowed - 1]
-
-    def _at_least_smaller(self, seconds: np.ndarray) -> np.ndarray:
-        """seconds [shapes or fewer], with each raised to the largest of the smaller shapes of its kind and of none."""
-        chain = np.array([s.family == 0 for s in self.shapes[: len(seconds)]])
-        raised = np.maximum(seconds, seconds[0])
-        for kind in (chain, ~chain):
-            raised[kind] = np.maximum.accumulate(raised[kind])
-        return raised
 
     # -- The choice
 
@@ -148,7 +144,7 @@ class Policy:
 
     def choose(self, batch: int, context: float = 0.0) -> Shape:
         """The shape to draft in this step, for `batch` >= 1 requests `context` tokens long on average."""
-        missing = self._unexplored(batch, context)
+        missing = self._unexplored(batch, context) if self.countable else None
         if missing is not None:
             return missing
         best = self.best(batch, context)
@@ -198,9 +194,8 @@ class Policy:
             if shape == self.current or self.cost.known(batch, shape.nodes):
                 continue
             gain, seconds = self.gain(shape) / self.gain(self.current), self.seconds(shape, batch, context)
-            if gain * now >= self.PROBE_FLOOR * seconds and self._pay(
-                steps * (seconds - min(gain, 1.0) * now)
-            ):
+            loss = steps * (seconds - min(gain, 1.0) * now)
+            if gain * now >= self.PROBE_FLOOR * seconds and self._pay(loss):
                 self._probe, self._probe_left = shape, steps - 1
                 return
         if self.current == NOTHING and len(self.shapes) > 1:
@@ -210,8 +205,8 @@ class Policy:
             # What drafting costs here is known from steps that drafted. Steps without drafts alone would say that a
             # probe costs nothing wherever a row more does, and every other step would be one.
             correction = max(self.cost.correction(batch, nodes) for nodes in (0, shape.nodes))
-            share = self._probers(batch) / batch
-            least = share * now * (self.DOUBTFUL_LOSS if self.doubtful else self.PROBE_LOSS)
+            share = now * self._probers(batch) / batch
+            least = share * (self.DOUBTFUL_LOSS if self.doubtful else self.PROBE_LOSS)
             if self._pay(max(seconds * correction - now, least)):
                 self._probe, self.probing = shape, True
                 self._turn += self._probers(batch)
@@ -231,18 +226,23 @@ class Policy:
     def observe_accepted(self, results: Mapping[str, tuple[int, int]]) -> None:
         """Learn from one verification: request id -> (nodes verified, drafts accepted). 0 nodes are ignored."""
         self._gains = {}
-        seen: dict[tuple[bool, int], list[tuple[int, int]]] = {}
-        for request, (nodes, accepted) in results.items():
+        seen: dict[tuple[bool, int], Counter[tuple[int, int]]] = {}
+        reach: dict[int, int] = {}  # of the shapes that count, by nodes
+        same = Counter((request in self.sampling, *pair) for request, pair in results.items())
+        for (samples, nodes, accepted), requests in same.items():
             shape = self.by_nodes.get(nodes) or Shape(nodes, nodes)  # a cut chain
             if nodes and shape.family in self.acceptance:
-                seen.setdefault((request in self.sampling, shape.family), []).append((shape.reach, accepted))
+                reach[nodes] = shape.reach
+                seen.setdefault((samples, shape.family), Counter())[shape.reach, accepted] += requests
+        for (samples, family), counts in seen.items():
+            left = self.PROBE_KEEP if self.current == NOTHING else 1.0
+            self.kinds[samples][family].observe_counts(counts, left)
+        for request, (nodes, accepted) in results.items() if self.follows_requests else ():
+            if nodes in reach:
                 tried, good = self.requests.get(request, (0.0, 0.0))
-                reached = min(accepted + 1, shape.reach)
+                reached = min(accepted + 1, reach[nodes])
                 keep = max(1.0 - reached / self.REQUEST_WINDOW, 0.0)
                 self.requests[request] = (tried * keep + reached, good * keep + accepted)
-        keep = self.PROBE_KEEP if self.current == NOTHING else 1.0
-        for (samples, family), pairs in seen.items():
-            self.kinds[samples][family].observe([d for d, _ in pairs], [a for _, a in pairs], keep)
 
     def observe_lengths(self, shape: Shape, lengths: Sequence[int]) -> None:
         """Learn how many drafts each request of a batch of this shape got. There are fewer if chains stopped early."""

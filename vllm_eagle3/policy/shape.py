@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 
@@ -66,3 +66,17 @@ def menu(largest: Shape) -> tuple[Shape, ...]:
 def chains(lengths: Iterable[int]) -> tuple[Shape, ...]:
     """Chains of the given lengths, with K = 0 always among them, in ascending order."""
     return tuple(Shape(k, k) for k in sorted({0, *lengths}))
+
+
+def at_least_smaller(shapes: Sequence[Shape], seconds: Sequence[float]) -> list[float]:
+    """Times of the first shapes, each raised to the largest of the smaller shapes of its kind and of none.
+
+    shapes: ascending, none first. There are two kinds, chains and trees.
+    """
+    largest = {True: seconds[0], False: seconds[0]}
+    raised = []
+    for shape, time in zip(shapes, seconds, strict=False):
+        is_chain = shape.family == 0
+        largest[is_chain] = max(largest[is_chain], time)
+        raised.append(largest[is_chain])
+    return raised

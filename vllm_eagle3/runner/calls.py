@@ -63,6 +63,12 @@ CALLED = (
         "CPUAttentionBackendImpl.do_kv_cache_update",
         "self, layer, key, value, kv_cache, slot_mapping",
     ),
+    # The V2 runner: dummy steps, timed.
+    UpstreamSignature("vllm.v1.worker.gpu.async_utils", "StepTimingCollector.collect", "self"),
+    UpstreamSignature("vllm.v1.worker.gpu.async_utils", "StepTimingSample.forward_ms", "float"),
+    UpstreamSignature("vllm.v1.worker.gpu.async_utils", "StepTimingSample.drafter_ms", "float"),
+    UpstreamSignature("vllm.v1.worker.gpu.async_utils", "StepTimingSample.num_target_tokens", "int"),
+    UpstreamSignature("vllm.v1.worker.gpu.async_utils", "StepTimingSample.num_reqs", "int"),
     # The V2 runner: chains on a CPU.
     UpstreamSignature(
         "vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator",

@@ -33,6 +33,15 @@ WATCHED_DRAFTS, WATCHED_VERIFICATIONS = 200, 50  # at least so many are judged t
 USEFUL = 0.02  # accepted drafts a verification, at least
 
 
+def emitted_tokens(step: SchedulerOutput, output: ModelRunnerOutput) -> dict[str, int]:
+    """How many tokens each request emitted that verified drafts; requests without a result are left out."""
+    sampled, index = output.sampled_token_ids, output.req_id_to_index
+    if not sampled:
+        return {}
+    found = {r: len(sampled[index[r]]) for r in step.scheduled_spec_decode_tokens if r in index}
+    return found if all(found.values()) else {r: n for r, n in found.items() if n}
+
+
 class DraftScheduler(Scheduler):
     """Verifies at most as many drafts of a request as it allows, and counts what is drafted and accepted."""
 
@@ -118,12 +127,10 @@ class DraftScheduler(Scheduler):
     def _watch(self, step: SchedulerOutput, output: ModelRunnerOutput) -> None:
         """Judge the draft by the last drafts, whenever there are enough of them; say once that it is of no use."""
         seen = self._watched
-        for request, drafts in step.scheduled_spec_decode_tokens.items():
-            index = output.req_id_to_index.get(request)
-            if output.sampled_token_ids and index is not None and output.sampled_token_ids[index]:
-                seen["verifications"] += 1
-                seen["drafts"] += len(drafts)
-                seen["accepted"] += len(output.sampled_token_ids[index]) - 1
+        counts = emitted_tokens(step, output)
+        seen["verifications"] += len(counts)
+        seen["drafts"] += sum(len(step.scheduled_spec_decode_tokens[request]) for request in counts)
+        seen["accepted"] += sum(counts.values()) - len(counts)
         if seen["drafts"] < WATCHED_DRAFTS or seen["verifications"] < WATCHED_VERIFICATIONS:
             return
         self.draft_is_useless = seen["accepted"] < USEFUL * seen["verifications"]

@@ -34,6 +34,17 @@ PATCHES = (
     ),
     Patch(
         module="vllm.v1.worker.gpu.model_runner",
+        name="GPUModelRunner.capture_model",
+        replacement="vllm_eagle3.runner.v2.step_costs:capture_model",
+        upstream=UpstreamSignature(
+            "vllm.v1.worker.gpu.model_runner", "GPUModelRunner.capture_model", "self, profile_only"
+        ),
+        reason="on a GPU the cost policy starts from the times of a few dummy steps, as upstream's adaptive "
+        "verification does in this method",
+        remove_when="vLLM times steps at start-up for whoever asks",
+    ),
+    Patch(
+        module="vllm.v1.worker.gpu.model_runner",
         name="DraftTokensHandler",
         replacement="vllm_eagle3.runner.v2.cpu_speculator:StoppedChains",
         upstream=UpstreamSignature(

@@ -8,6 +8,7 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from vllm_eagle3.config import Eagle3Options
+from vllm_eagle3.policy.cost_file import CostKey
 from vllm_eagle3.policy.shape import Shape, menu
 
 if TYPE_CHECKING:
@@ -173,3 +174,30 @@ def tree_shapes(vllm_config: VllmConfig, options: Eagle3Options) -> dict[int, Sh
 def in_charge(vllm_config: VllmConfig) -> bool:
     """Whether the policy decides how much this engine drafts."""
     return vllm_config.scheduler_config.scheduler_cls == SCHEDULER
+
+
+def cost_key(vllm_config: VllmConfig) -> CostKey:
+    """What the step times of this engine depend on. The same in the engine's process and in its workers'."""
+    import torch
+    from vllm import __version__ as vllm_version
+    from vllm.platforms import current_platform
+
+    model, spec = vllm_config.model_config, vllm_config.speculative_config
+    assert spec is not None and spec.draft_model_config is not None
+    device = vllm_config.device_config.device_type
+    name = (
+        current_platform.get_device_name()
+        if device == "cuda"
+        else f"{device} {torch.get_num_threads()} threads"
+    )
+    parallel = vllm_config.parallel_config
+    parts = (
+        f"vllm {vllm_version}",
+        f"{model.dtype}",
+        f"tp{parallel.tensor_parallel_size}",
+        f"pp{parallel.pipeline_parallel_size}",
+        f"eager {model.enforce_eager}",
+        f"runner V{2 if vllm_config.use_v2_model_runner else 1}",
+        f"options {vllm_config.additional_config}",
+    )
+    return CostKey(str(model.model), str(spec.draft_model_config.model), name, ", ".join(parts))

@@ -11,18 +11,15 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-from vllm import __version__ as vllm_version
-from vllm.platforms import current_platform
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from vllm_eagle3.config import Eagle3Options
-from vllm_eagle3.policy.cost_file import CostFile, CostKey
+from vllm_eagle3.policy.cost_file import CostFile
 from vllm_eagle3.policy.policy import Policy
 from vllm_eagle3.policy.shape import NOTHING, Shape, chains
-from vllm_eagle3.runner.draft_scheduler import HURRIED, LIMITED, DraftScheduler
-from vllm_eagle3.runner.policy_install import largest_tree, tree_shapes
+from vllm_eagle3.runner.draft_scheduler import HURRIED, LIMITED, DraftScheduler, emitted_tokens
+from vllm_eagle3.runner.policy_install import cost_key, largest_tree, tree_shapes
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -60,28 +57,12 @@ def build_policy(vllm_config: VllmConfig) -> tuple[Policy, CostFile]:
     return policy, file
 
 
-def cost_key(vllm_config: VllmConfig) -> CostKey:
-    """What the step times of this engine depend on."""
-    model, spec = vllm_config.model_config, vllm_config.speculative_config
-    assert spec is not None and spec.draft_model_config is not None
-    device = vllm_config.device_config.device_type
-    name = (
-        current_platform.get_device_name()
-        if device == "cuda"
-        else f"{device} {torch.get_num_threads()} threads"
-    )
-    parallel, graphs = vllm_config.parallel_config, vllm_config.compilation_config.cudagraph_mode
-    parts = (
-        f"vllm {vllm_version}",
-        f"{model.dtype}",
-        f"tp{parallel.tensor_parallel_size}",
-        f"pp{parallel.pipeline_parallel_size}",
-        f"graphs {graphs.name if graphs is not None else None}",
-        f"eager {model.enforce_eager}",
-        f"runner V{2 if vllm_config.use_v2_model_runner else 1}",
-        f"options {vllm_config.additional_config}",
-    )
-    return CostKey(str(model.model), str(spec.draft_model_config.model), name, ", ".join(parts))
+def decodes_only(step: SchedulerOutput) -> bool:
+    """Whether every request of the step verifies its drafts and one token more: none reads its prompt."""
+    if step.scheduled_new_reqs or not step.num_scheduled_tokens:
+        return False
+    drafts = sum(map(len, step.scheduled_spec_decode_tokens.values()))
+    return sum(step.num_scheduled_tokens.values()) == len(step.num_scheduled_tokens) + drafts
 
 
 class _Lookup:
@@ -107,8 +88,10 @@ class PolicyMixin(DraftScheduler):
         # Of the last step: batch, shape, context, seconds, drafts verified a request. The policy learns from it when
         # the number of drafts that the step made is known.
         self._unlearned: tuple[int, Shape, float, float, float] | None = None
+        self._decoded_only = False  # whether the step before did nothing but decode
         # A step whose requests verify different numbers of drafts cannot use full graphs, which hold uniform batches.
         self._ragged = not self.vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
+        self.draft_policy.follows_requests = self._ragged
         self.dynamic_sd_lookup = _Lookup(self)  # type: ignore[assignment]
 
     def add_request(self, request: Any) -> None:
@@ -130,6 +113,8 @@ class PolicyMixin(DraftScheduler):
         self.draft_policy.doubtful = self.draft_is_useless
         sampling = sum(request.request_id in self.draft_policy.sampling for request in self.running)
         self.draft_policy.expect(sampling / max(len(self.running), 1))
+        reads_no_prompt = all(r.num_computed_tokens >= r.num_prompt_tokens for r in self.running)
+        self.draft_policy.countable = reads_no_prompt and self._decoded_only
         self._shape = self.draft_policy.choose(batch, self._context())
         if most is not None and most < self._shape.nodes:
             self._shape = next(shape for shape in reversed(self.draft_policy.shapes) if shape.nodes <= most)
@@ -196,6 +181,7 @@ class PolicyMixin(DraftScheduler):
         self._observe_acceptance(scheduler_output, model_runner_output)
         if self._last_step is not None:
             self._observe_seconds(scheduler_output, time.perf_counter() - self._last_step)
+        self._decoded_only = decodes_only(scheduler_output)
         for request in scheduler_output.finished_req_ids:
             self.draft_policy.forget(request)
             self._drafted.pop(request, None)
@@ -208,31 +194,33 @@ class PolicyMixin(DraftScheduler):
         return outputs
 
     def _observe_acceptance(self, step: SchedulerOutput, output: ModelRunnerOutput) -> None:
-        invalid, cut_trees = step.num_invalid_spec_tokens or {}, getattr(step, "cut_trees", self._cut_trees)
-        results = {}
-        for request, drafts in step.scheduled_spec_decode_tokens.items():
-            index = output.req_id_to_index.get(request)
-            sampled = (
-                output.sampled_token_ids[index] if output.sampled_token_ids and index is not None else ()
-            )
-            if len(sampled) and request not in cut_trees:  # a tree's best nodes are no shape of the menu
-                verified = len(drafts) - invalid.get(request, 0)
-                expected, scheduled = self._drafted.get(request, (verified, verified))
-                # Where a chain stopped early, the drafts that were not made count as not accepted.
-                results[request] = (scheduled if verified == expected else verified, len(sampled) - 1)
+        invalid, drafts = step.num_invalid_spec_tokens or {}, step.scheduled_spec_decode_tokens
+        emitted = emitted_tokens(step, output)
+        results = {r: (len(drafts[r]), n - 1) for r, n in emitted.items()}
+        for request in (self._drafted.keys() | invalid.keys()) & results.keys():
+            verified = len(drafts[request]) - invalid.get(request, 0)
+            expected, scheduled = self._drafted.get(request, (verified, verified))
+            # Where a chain stopped early, the drafts that were not made count as not accepted.
+            results[request] = (scheduled if verified == expected else verified, results[request][1])
+        for request in getattr(step, "cut_trees", self._cut_trees) & results.keys():  # no shapes of the menu
+            del results[request]
         self.draft_policy.observe_accepted(results)
 
     def _observe_seconds(self, step: SchedulerOutput, seconds: float) -> None:
-        """Keep the time of a pure decode step whose drafted and verified counts match for every request."""
-        drafts = step.num_spec_tokens_to_schedule
-        tokens = step.num_scheduled_tokens
-        if step.scheduled_new_reqs or not tokens:
+        """Keep the time of a pure decode step after another whose drafted and verified counts match for every request.
+
+        On a GPU the results leave the device before the step drafts. So the time between the results of two steps holds
+        what the former drafted, with the draft's pass over all rows of that former step, and what the latter verified.
+        On a CPU it holds both of the latter step. Under this rule it is the same work either way.
+        """
+        drafts, tokens = step.num_spec_tokens_to_schedule, step.num_scheduled_tokens
+        if not (self._decoded_only and decodes_only(step)):
             return
-        if all(
-            (n - 1, drafts) == self._drafted.get(r, (drafts, drafts))
-            and (drafts == 0 or r in step.scheduled_spec_decode_tokens)
-            for r, n in tokens.items()
-        ):
+        if self._drafted:
+            same = all((n - 1, drafts) == self._drafted.get(r, (drafts, drafts)) for r, n in tokens.items())
+        else:
+            same = set(tokens.values()) == {drafts + 1}
+        if same:
             shape = self.draft_policy.by_nodes[drafts]
             verified = sum(tokens.values()) / len(tokens) - 1
             self._unlearned = (len(tokens), shape, self._context(), seconds, verified)
