@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from vllm.config import VllmConfig
+from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.models.llama_eagle3 import Eagle3LlamaForCausalLM
@@ -21,8 +22,20 @@ from vllm.platforms import current_platform
 from vllm_eagle3.checkpoint import canonical_tensors, refuse_unreadable
 from vllm_eagle3.checkpoint.target_head import target_head_rows
 from vllm_eagle3.config import Eagle3Options
-from vllm_eagle3.kernels import HeadTopK, concat_fc, cpu, finite, head_topk, top_children
+from vllm_eagle3.kernels import (
+    MOST_ROWS,
+    ROWS_OF_EACH_TILE,
+    HeadTopK,
+    concat_fc,
+    cpu,
+    finite,
+    head_topk,
+    quant_fp8,
+    sharded_topk,
+    top_children,
+)
 from vllm_eagle3.model.activate import draft_config
+from vllm_eagle3.model.fp8 import Fp8Method, fp8_works, read_in_fp8
 from vllm_eagle3.model.int8 import Int8Linear, int8_layers
 from vllm_eagle3.model.ops import add_rms_norm, linear, rms_norm, silu_and_mul
 
@@ -41,6 +54,10 @@ class _DraftMixin(nn.Module):
         self.draft_config = draft_config(vllm_config)
         options = Eagle3Options.from_additional_config(vllm_config.additional_config)
         self.fused_kernels, self.int8_draft = options.fused_kernels, options.int8_draft
+        self.fp8_draft = options.fp8_draft
+        self.most_children = options.tree.topk if options.tree is not None else 1  # of a node
+        self.fp8_head: tuple[torch.Tensor, torch.Tensor] | None = None
+        """The head's rows of this rank and their scales, for steps of few rows."""
         self.int8: dict[nn.Module, Int8Linear] = {}
         """Int8 layers that `step` and `draft_logits` use on a CPU, by the layer that they replace."""
         speculative = vllm_config.speculative_config
@@ -72,6 +89,37 @@ class _DraftMixin(nn.Module):
             if "lm_head.weight" in tensors:  # otherwise vLLM shares the target's head after loading
                 layers.append(self.lm_head)
             self.int8 = int8_layers(layers)
+
+    def round_weights(self) -> None:
+        """Make the fp8 weights, if the options ask for them and the device has fp8. To be called when all is loaded.
+
+        `fc` is left as it is: its states have a few very large channels (docs/decisions.md).
+        """
+        if not (self.fp8_draft and fp8_works(self.model.fc.weight.device)):
+            return
+        attention, mlp = self.model.layers[0].self_attn, self.model.layers[0].mlp
+        read_in_fp8([attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj])
+        if self._fuses_head(self.model.fc.weight):
+            self.fp8_head = quant_fp8(self._head_rows())
+
+    def warm_up(self) -> None:
+        """Compile the Triton kernels of `fuse` and of `top_children`, for any number of rows.
+
+        vLLM's warm-up meets few numbers of rows, and a CUDA graph holds no `fuse`.
+        """
+        if not (self.fused_kernels and self.model.fc.weight.is_cuda):
+            return
+        states, width = self.draft_config.num_aux_hidden_states, self.draft_config.target_hidden_size
+        layers: list[Any] = [
+            m for m in self.modules() if isinstance(getattr(m, "quant_method", None), Fp8Method)
+        ]
+        for rows in ROWS_OF_EACH_TILE:
+            state = self.model.fc.weight.new_zeros(rows, width, dtype=self.model.norm.weight.dtype)
+            g = self.fuse([state] * states)
+            for count in {1, self.most_children}:
+                self.top_children(g, count)
+            for layer in layers:
+                layer.quant_method.apply(layer, g.new_zeros(rows, layer.weight.shape[1]))
 
     def _linear(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return self.int8[layer](x) if layer in self.int8 else linear(layer, x)
@@ -129,13 +177,28 @@ class _DraftMixin(nn.Module):
         return log_probs, ids if self.draft_to_target is None else self.draft_to_target[ids]
 
     def _fuses_head(self, hidden_states: torch.Tensor) -> bool:
-        plain = type(self.lm_head.quant_method) is UnquantizedEmbeddingMethod and self.lm_head.tp_size == 1
-        return self.fused_kernels and hidden_states.is_cuda and plain
+        plain = type(self.lm_head.quant_method) is UnquantizedEmbeddingMethod
+        return self.fused_kernels and plain and (hidden_states.is_cuda or self.lm_head.tp_size > 1)
 
     def _head_topk(self, hidden_states: torch.Tensor, k: int) -> HeadTopK:
-        weight = self.lm_head.weight[: self.draft_config.draft_vocab_size]
         d2t = None if self.draft_to_target is None else self.draft_id_to_target_id
-        return head_topk(hidden_states, weight, k, d2t=d2t, logit_scale=self.logits_processor.scale)
+        weight, scale = self._head_rows(), None
+        if self.fp8_head is not None and len(hidden_states) <= MOST_ROWS:
+            weight, scale = self.fp8_head
+        options: dict[str, Any] = {
+            "d2t": d2t, "logit_scale": self.logits_processor.scale, "weight_scale": scale
+        }  # fmt: skip
+        if self.lm_head.tp_size == 1:
+            return head_topk(hidden_states, weight, k, **options)
+        return sharded_topk(
+            hidden_states, weight, k, vocab_start=self.lm_head.shard_indices.org_vocab_start_index,
+            gather=tensor_model_parallel_all_gather, **options,
+        )  # fmt: skip
+
+    def _head_rows(self) -> torch.Tensor:
+        """The rows of the head on this rank [rows, h], without padding."""
+        shard = self.lm_head.shard_indices
+        return self.lm_head.weight[: shard.org_vocab_end_index - shard.org_vocab_start_index]
 
     def draft_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Logits [n, draft_vocab] for normed outputs [n, h], not scattered into the target's vocabulary."""
@@ -161,25 +224,17 @@ class _DraftMixin(nn.Module):
             positions: [n] positions of the states.
             slot_mapping: [n] KV slots of the rows; None writes no KV (profiling, and levels of a tree).
             attn_metadata: the attention backend's metadata for r queries, one per request; None skips attention.
-            rows: [r] indices of the rows that draft; None for all rows. With none at all the step only writes KV.
+            rows: [r] indices of the rows that draft; None for all rows.
 
         Returns:
             (norm(a), the input of the next step in place of g), both [r, h].
         """
         layer, model, eps = self.model.layers[0], self.model, self.config.rms_norm_eps
         attention, attn = layer.self_attn, layer.self_attn.attn
-        embeds = rms_norm(model.embed_tokens(input_ids), layer.input_layernorm.weight, eps)
-        normed = rms_norm(hidden_states, layer.hidden_norm.weight, eps)
-        residual = normed if self.draft_config.norm_before_residual else hidden_states
-        qkv = self._linear(attention.qkv_proj, torch.cat([embeds, normed], dim=-1))
-        query, key, value = self._rotated(attention, qkv, positions, eps)
-        key = key.view(-1, attention.num_kv_heads, attention.head_dim)
-        value = value.view(-1, attention.num_kv_heads, attention.head_dim)
+        query, key, value, residual = self._attended(input_ids, hidden_states, positions)
         if slot_mapping is not None:
             attn.impl.do_kv_cache_update(attn, key, value, attn.kv_cache, slot_mapping)
         if rows is not None:
-            if len(rows) == 0:
-                return hidden_states[:0], hidden_states[:0]
             query, residual = query[rows], residual[rows]
         query = query.view(-1, attention.num_heads, attention.head_dim)
         context = torch.empty_like(query, memory_format=torch.contiguous_format)
@@ -189,6 +244,32 @@ class _DraftMixin(nn.Module):
         output = self._linear(layer.mlp.down_proj, silu_and_mul(self._linear(layer.mlp.gate_up_proj, output)))
         output, prenorm = add_rms_norm(output, residual, model.norm.weight, eps)
         return output, output if model.norm_output else prenorm
+
+    def write_keys_values(
+        self,
+        input_ids: torch.Tensor,
+        hidden_states: torch.Tensor,
+        positions: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Keep the layer's cache in step with the target's where no row drafts. Arguments as `step`'s."""
+        attn = self.model.layers[0].self_attn.attn
+        _, key, value, _ = self._attended(input_ids, hidden_states, positions)
+        attn.impl.do_kv_cache_update(attn, key, value, attn.kv_cache, slot_mapping)
+
+    def _attended(
+        self, input_ids: torch.Tensor, hidden_states: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of n rows: query [n, heads * head_dim], key and value [n, kv_heads, head_dim], residual [n, h]."""
+        layer, model, eps = self.model.layers[0], self.model, self.config.rms_norm_eps
+        attention = layer.self_attn
+        embeds = rms_norm(model.embed_tokens(input_ids), layer.input_layernorm.weight, eps)
+        normed = rms_norm(hidden_states, layer.hidden_norm.weight, eps)
+        residual = normed if self.draft_config.norm_before_residual else hidden_states
+        qkv = self._linear(attention.qkv_proj, torch.cat([embeds, normed], dim=-1))
+        query, key, value = self._rotated(attention, qkv, positions, eps)
+        shape = (-1, attention.num_kv_heads, attention.head_dim)
+        return query, key.view(shape), value.view(shape), residual
 
     @staticmethod
     def _rotated(
@@ -200,7 +281,9 @@ class _DraftMixin(nn.Module):
             query = rms_norm(query.reshape(heads), attention.q_norm.weight, eps).view(query.shape)
             key = rms_norm(key.reshape(heads), attention.k_norm.weight, eps).view(key.shape)
         # vLLM's module would run its slower form when it is called outside of torch.compile.
-        return *attention.rotary_emb.forward_cpu(positions, query, key), value
+        rotary = attention.rotary_emb
+        rotate = rotary.forward_cpu if qkv.device.type == "cpu" else rotary.forward_cuda
+        return *rotate(positions, query, key), value
 
 
 class Eagle3LlamaDraft(_DraftMixin, Eagle3LlamaForCausalLM):

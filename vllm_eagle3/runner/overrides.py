@@ -133,6 +133,7 @@ SUBCLASSES = (
     Subclass(
         "vllm_eagle3.runner.v2.speculator:Eagle3Speculator",
         (
+            *methods(_AUTOREGRESSIVE, "TargetDependentARSpeculator", load_model="self, target_model"),
             *_SPECULATOR_PROPOSE,
             _SAMPLE_DRAFT,
             *methods(

@@ -174,15 +174,11 @@ class Eagle3Proposer(EagleProposer):
         # [a1, b1, b2, c1, c2] -> [a2, b2, b3, c2, c3]: each row has a state and the token after it.
         input_ids = torch.roll(token_ids, -1)
         input_ids[rows] = next_token_ids.to(input_ids.dtype)
-        drafts = self.num_speculative_tokens > 0
-        return self.model.step(
-            input_ids,
-            g,
-            positions,
-            slot_mapping[: len(input_ids)],
-            self._metadata(drafting, 0) if drafts else None,
-            rows=rows if drafts else rows[:0],
-        )
+        inputs = (input_ids, g, positions, slot_mapping[: len(input_ids)])
+        if self.num_speculative_tokens == 0:
+            self.model.write_keys_values(*inputs)
+            return g[:0], g[:0]
+        return self.model.step(*inputs, self._metadata(drafting, 0), rows=rows)
 
     def _extend_chain(
         self,

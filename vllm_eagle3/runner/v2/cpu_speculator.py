@@ -137,13 +137,13 @@ class CPUSpeculator(Eagle3Speculator):
         most = self.num_speculative_steps if num_speculative_tokens is None else num_speculative_tokens
         drafts = self.draft_tokens[:batch]
         drafts.fill_(NOT_DRAFTED)
-        rows = self.last_token_indices[:batch] if most else self.last_token_indices[:0]
+        rows = self.last_token_indices[:batch]
         buffers = self.input_buffers
         positions = buffers.positions[:tokens]
         first_positions = positions[rows]
         inputs = (buffers.input_ids[:tokens], g[:tokens], positions, slot_mappings[self.draft_layer][:tokens])
         if most == 0:  # keep the draft's KV in step with the target's, and no more
-            self.model.step(*inputs, None, rows=rows)
+            self.model.write_keys_values(*inputs)
             return drafts
         buffers.query_start_loc[: batch + 1] = torch.arange(batch + 1, dtype=torch.int32)
         buffers.seq_lens[:batch] = input_batch.seq_lens[:batch] - num_rejected

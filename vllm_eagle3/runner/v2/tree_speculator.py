@@ -14,7 +14,7 @@ from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from vllm_eagle3.config import Eagle3Options
-from vllm_eagle3.kernels import MOST_LOGITS, cpu
+from vllm_eagle3.kernels import MOST_LOGITS, TreeGrowth, cpu
 from vllm_eagle3.runner.policy_install import largest_tree, tree_shapes
 from vllm_eagle3.runner.v2.accepted_rows import accepted_rows
 from vllm_eagle3.runner.v2.grafts import Found, Grafts
@@ -54,7 +54,8 @@ class TreeSpeculator(Eagle3Speculator):
         self.chain = torch.zeros(self.max_num_reqs, dtype=torch.bool, device=device)  # who gets a chain
         self.parents = torch.zeros(self.max_num_reqs, tree.nodes, dtype=torch.int64, device=device)
         self.values = torch.zeros(self.max_num_reqs, tree.nodes, device=device)  # as tree.growth.Tree.values
-        self.growth: type[Growth | cpu.Growth] = Growth
+        in_triton = device.type == "cuda" and options.fused_kernels
+        self.growth: type[Growth | cpu.Growth | TreeGrowth] = TreeGrowth if in_triton else Growth
         self.draws: TreeDraws | None = None  # made by set_attn
         self.growth_graphs: CudaGraphManager | None = None
         self.tree_state: TreeState | None = None  # handed in by set_attn, after memory has been profiled
@@ -266,9 +267,8 @@ class TreeSpeculator(Eagle3Speculator):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the draft over the nodes of a level: norm(a) and the children's g, both [batch * topk, hidden]."""
         attention = metadata and {self.draft_attn_layer_name: metadata}
-        rows = len(level.tokens)
         # Without slots the layer writes nothing to the sequence's cache.
-        with set_forward_context(attention, self.vllm_config, num_tokens=rows, slot_mapping={}):
+        with set_forward_context(attention, self.vllm_config, num_tokens=len(level.tokens), slot_mapping={}):
             return self.model(input_ids=level.tokens, positions=level.positions, hidden_states=level.states)
 
     def _group(self) -> int:
