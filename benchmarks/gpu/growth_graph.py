@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vllm_eagle3.kernels import head_topk, path_attention
+from vllm_eagle3.kernels import TreeGrowth, head_topk, path_attention
 from vllm_eagle3.provenance import provenance
-from vllm_eagle3.tree.growth import Expansion
+from vllm_eagle3.tree.growth import Growth as TorchGrowth
 
 DEPTH, TOPK, NODES, BLOCK = 6, 10, 60, 16
 REPEATS = 30
@@ -104,23 +104,21 @@ class Growth:
         gate, up = (torch.nn.functional.rms_norm(states, states.shape[-1:]) @ self.gate_up.T).chunk(2, dim=-1)
         return states + (torch.nn.functional.silu(gate) * up) @ self.down.T
 
-    def grow(self) -> None:
-        """Write a tree for each request to `tokens` and `parents`, without waiting for the device."""
-        batch, device = self.batch, self.states.device
-        expansion = Expansion(TOPK, self.chain)
-        frontier = expansion.grow(self.root_log_probs, self.root_ids)
-        states, paths = self.states, torch.zeros(batch, 1, 0, dtype=torch.int64, device=device)
-        for level in range(1, DEPTH):
-            own = (level - 1) * TOPK + torch.arange(TOPK, device=device).expand(batch, TOPK)
-            parents = frontier.parents[..., None]
-            paths = torch.cat([paths.gather(1, parents.expand(-1, -1, level - 1)), own[..., None]], dim=-1)
-            states = states.gather(1, parents.expand(-1, -1, states.shape[-1]))
-            states = self.layer(frontier.tokens, states, paths)
-            log_probs, ids = self.children(states.flatten(0, 1))
-            frontier = expansion.grow(log_probs.view(batch, TOPK, TOPK), ids.view(batch, TOPK, TOPK))
-        tree = expansion.rerank(NODES)
-        self.tokens.copy_(tree.tokens)
-        self.parents.copy_(tree.parents)
+    def grow(self, in_torch: bool = False) -> None:
+        """Write a tree for each request to `tokens` and `parents`, without waiting for the device.
+
+        in_torch: by torch's operations, as on any device; otherwise, on a GPU, by the kernels of `TreeGrowth`.
+        """
+        kind = TreeGrowth if self.states.is_cuda and not in_torch else TorchGrowth
+        trees = kind(DEPTH, TOPK, self.chain, self.lens.long() - 1, 1 << 20, torch.int64)
+        children = self.root_log_probs, self.root_ids, self.states
+        level = trees.extend(*(tensor.flatten(0, 1) for tensor in children))
+        for _ in range(1, DEPTH):
+            shape = (self.batch, TOPK)
+            states = self.layer(level.tokens.view(shape), level.states.view(*shape, -1), level.paths)
+            states = states.flatten(0, 1)
+            level = trees.extend(*self.children(states), states)
+        trees.rerank(self.tokens, self.parents)
 
 
 def captured(growth: Growth) -> Callable[[], None]:
@@ -157,7 +155,7 @@ def measure(shape: Shape, batch: int, context: int, repeats: int) -> dict[str, o
     replay = captured(growth)
     for seed in (2, 3):
         growth.new_inputs(seed)
-        growth.grow()
+        growth.grow(in_torch=True)
         expected = growth.tokens.clone(), growth.parents.clone()
         growth.tokens.zero_()
         growth.parents.zero_()
