@@ -147,3 +147,14 @@ def test_fetch_demo_prints_paths_only(monkeypatch, capsys) -> None:
         assert cli.main(["fetch-demo", *words]) == 0
         shown.append(capsys.readouterr().out)
     assert shown == ["/t\n", "/d\n", "/t\n/d\n"]
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "remedy"),
+    [("EAGLE3_DISABLE", "1", "Unset EAGLE3_DISABLE"), ("VLLM_PLUGINS", "other", "Add eagle3")],
+)
+def test_doctor_is_not_ready_where_the_plugin_is_off(variable, value, remedy, monkeypatch, capsys) -> None:
+    monkeypatch.delenv("EAGLE3_DISABLE", raising=False)
+    monkeypatch.setenv(variable, value)
+    assert cli.main(["doctor"]) == 1
+    assert capsys.readouterr().out.startswith(remedy)

@@ -2,7 +2,10 @@
 
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+
+from vllm_eagle3.log_files import log_file
 
 TALK = """
 import logging, pathlib, sys, warnings
@@ -37,3 +40,10 @@ def test_redirected_output_leaves_only_what_the_project_logs(tmp_path: Path) -> 
     out, err, log = talk(tmp_path / "log", "redirect")
     assert (out, err) == ("", "INFO step 1\n")
     assert all(text in log for text in ("old name", "odd checkpoint", "cached", "step 1", "a print"))
+
+
+def test_where_the_cache_folder_cannot_be_written_the_log_is_a_temporary_file(tmp_path, monkeypatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert log_file("eval").parent == tmp_path

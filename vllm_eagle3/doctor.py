@@ -99,11 +99,12 @@ def _cpu_flags() -> Finding:
 
 
 def _compiler() -> Finding:
+    import torch
+
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
-        return Finding(
-            "compiler", "none: no torch.compile and no native kernels on a CPU", "Install g++ or clang++."
-        )
+        remedy = None if torch.cuda.is_available() else "Install g++ or clang++."
+        return Finding("compiler", "none: no torch.compile and no native kernels on a CPU", remedy)
     done = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
     return Finding("compiler", (done.stdout.splitlines() or [compiler])[0])
 
@@ -120,14 +121,17 @@ def _cost_files() -> Finding:
 
 def _plugin() -> Finding:
     if os.environ.get(plugin.DISABLE) == "1":
-        return Finding("plugin", f"off: {plugin.DISABLE}=1")
+        return Finding(
+            "plugin", f"off: {plugin.DISABLE}=1", f"Unset {plugin.DISABLE}, which switches the plugin off."
+        )
     found = plugin.vllm_version()
     if not plugin.is_supported(found):
         text = f"off: supports {plugin.SUPPORTED_TEXT}, found {found or 'no vLLM'}"
         return Finding("plugin", text, f"Install {plugin.SUPPORTED_TEXT}.")
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and "eagle3" not in allowed.split(","):
-        return Finding("plugin", f"off: VLLM_PLUGINS={allowed!r} leaves out 'eagle3'")
+        text = f"off: VLLM_PLUGINS={allowed!r} leaves out 'eagle3'"
+        return Finding("plugin", text, "Add eagle3 to VLLM_PLUGINS.")
     return Finding("plugin", f"on, for {plugin.SUPPORTED_TEXT}")
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,9 +30,14 @@ class EngineFailedError(RuntimeError):
 
 def log_file(command: str) -> Path:
     """A new file for the messages of `command` and its engines."""
-    path = cache_folder() / "logs" / f"{command}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()
+    name = f"{command}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+    path = cache_folder() / "logs" / name
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    except OSError:
+        path = Path(tempfile.gettempdir()) / f"vllm-eagle3-{name}"
+        path.touch()
     return path
 
 

@@ -83,3 +83,8 @@ def test_the_embedded_pair_is_the_default(monkeypatch: pytest.MonkeyPatch) -> No
     settings = chat.settings_of(cli.parser().parse_args(["chat", "--max-tokens", "9"]))
     assert (settings.target, settings.draft, settings.max_tokens) == ("/t", "/d", 9)
     assert settings.runs() == [("auto", "auto", 3)]
+
+
+def test_an_answer_longer_than_a_conversation_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["chat", "--max-tokens", "512", "--max-model-len", "512"]) == 2
+    assert "--max-tokens: expected less than --max-model-len 512, found 512" in capsys.readouterr().err

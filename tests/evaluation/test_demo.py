@@ -82,6 +82,14 @@ def test_an_engine_that_ends_shows_the_end_of_its_log(cache, monkeypatch) -> Non
     assert len(tail) == log_files.TAIL and tail[-1] == "line 99"
 
 
+def test_closing_an_engine_that_has_ended_hides_nothing(cache, monkeypatch) -> None:
+    engine = process("import sys; sys.exit(3)", cache, monkeypatch)
+    engine.process.wait()
+    engine.send({"measure": [1, 0]})
+    engine.process.stdin.write("left in the buffer")
+    engine.close()
+
+
 def test_replies_and_errors(cache, monkeypatch) -> None:
     text = "for line in __import__('sys').stdin: print(line, end='', flush=True)"
     engine = process(text, cache, monkeypatch)

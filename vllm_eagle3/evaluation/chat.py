@@ -9,6 +9,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -112,7 +113,8 @@ class Chat:
 def typed_lines(source: TextIO, stream: TextIO) -> Iterator[str]:
     """The lines of `source`. Without a terminal they are printed as well, so that captured output is complete."""
     if source.isatty():
-        import readline  # noqa: F401  (gives input() line editing and a history)
+        with suppress(ImportError):
+            import readline  # noqa: F401  (gives input() line editing and a history)
 
         while True:
             try:
@@ -141,6 +143,10 @@ def settings_of(arguments: argparse.Namespace) -> SweepSettings:
     for option in ("target", "draft"):
         if getattr(arguments, option):
             check_model(getattr(arguments, option), f"--{option}")
+    if arguments.max_tokens >= arguments.max_model_len:
+        raise UserError(
+            f"--max-tokens: expected less than --max-model-len {arguments.max_model_len}, found {arguments.max_tokens}"
+        )
     target, draft = (arguments.target, arguments.draft) if arguments.target else map(str, default_pair())
     return SweepSettings(
         target,
@@ -160,7 +166,12 @@ def run(arguments: argparse.Namespace) -> int:
         UserError: as `settings_of`.
         RuntimeError: the engine failed.
     """
+    from transformers import AutoTokenizer
+
     settings, log, stream = settings_of(arguments), log_file("chat"), sys.stdout
+    tokenizer: Any = AutoTokenizer.from_pretrained(settings.target)
+    if tokenizer.chat_template is None:
+        raise UserError(f"--target: expected a model with a chat template, found none in {settings.target}")
     stream.write("starting vLLM (about half a minute) ... ")
     stream.flush()
     with tempfile.TemporaryDirectory() as folder:
@@ -168,9 +179,6 @@ def run(arguments: argparse.Namespace) -> int:
         file.write_text(settings.to_json(), encoding="utf-8")
         worker = Worker(MODE, MODE, file, log=log)
         try:
-            from transformers import AutoTokenizer
-
-            tokenizer: Any = AutoTokenizer.from_pretrained(settings.target)
             worker.wait()
             how = "in brackets" if marks_for(stream) == BRACKETS else "green"
             stream.write(f"what came from accepted drafts is {how}; /stats, /exit\n")

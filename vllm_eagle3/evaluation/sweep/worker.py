@@ -162,7 +162,7 @@ class SweepEngine:
             ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
             if len(ids) <= room or len(messages) == 1:
                 break
-            messages = messages[1:]
+            messages = messages[2:]  # a question and its answer
         before, times, made = self.counters(), list[float](), list[int]()
         for _, tokens, _ in self.generate([ids[-room:]]):
             if tokens:
