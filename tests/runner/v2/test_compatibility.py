@@ -47,9 +47,10 @@ def test_two_ranks(engine, models, expected, monkeypatch, given, options):
     ("given", "text"),
     [
         ({"pipeline_parallel_size": 2}, "stops answering on a CPU where it speculates over several"),
+        ({"enable_lora": True}, "does not speculate with LoRA on a CPU"),
         ({"enable_adaptive_verification": True}, "Adaptive verification requires full CUDA graphs"),
     ],
-    ids=["two stages", "adaptive verification"],
+    ids=["two stages", "LoRA", "adaptive verification"],
 )
 def test_what_is_refused_on_a_cpu(models, given, text):
     arguments = EngineArgs(
@@ -57,6 +58,7 @@ def test_what_is_refused_on_a_cpu(models, given, text):
         skip_tokenizer_init=True,
         max_model_len=128,
         pipeline_parallel_size=given.pop("pipeline_parallel_size", 1),
+        enable_lora=given.pop("enable_lora", False),
         speculative_config=speculative(models[1], 3, **given),
     )
     with pytest.raises(ValueError, match=text):
@@ -113,5 +115,14 @@ def test_int8_weights(engine, models, expected, tmp_path, quantised):
     else:
         draft = write_int8_draft(tmp_path / "draft")
     llm = engine(target, speculative_config=speculative(draft, 3))
+    assert token_ids(llm, PROMPTS, GREEDY) == expected
+    assert verifications(llm) > 10
+
+
+def test_fp8_kv_cache(engine, models):
+    """The text is that of the same cache without drafts."""
+    with running(models[0], kv_cache_dtype="fp8") as llm:
+        expected = token_ids(llm, PROMPTS, GREEDY)
+    llm = engine(models[0], speculative_config=speculative(models[1], 3), kv_cache_dtype="fp8")
     assert token_ids(llm, PROMPTS, GREEDY) == expected
     assert verifications(llm) > 10

@@ -27,11 +27,8 @@ def post_init(self: VllmConfig) -> None:
             )
         if not self.use_v2_model_runner:
             _refuse_on_v1(self)
-        elif self.parallel_config.pipeline_parallel_size > 1 and self.device_config.device_type == "cpu":
-            raise ValueError(
-                "vLLM's V2 runner stops answering on a CPU where it speculates over several pipeline stages: "
-                "use tensor parallelism"
-            )
+        elif self.device_config.device_type == "cpu":
+            _refuse_on_v2(self)
         policy_install.install(self, options)
     _stock_post_init(self)
 
@@ -53,6 +50,19 @@ def _refuse_on_v1(config: VllmConfig) -> None:
     if config.parallel_config.pipeline_parallel_size > 1:
         raise ValueError(
             "vLLM's V1 runner does not speculate over several pipeline stages: use tensor parallelism"
+        )
+
+
+def _refuse_on_v2(config: VllmConfig) -> None:
+    """Raise ValueError for settings with which vLLM's V2 runner on a CPU waits for ever, or ends in the first step."""
+    if config.parallel_config.pipeline_parallel_size > 1:
+        raise ValueError(
+            "vLLM's V2 runner stops answering on a CPU where it speculates over several pipeline stages: "
+            "use tensor parallelism"
+        )
+    if config.lora_config is not None:
+        raise ValueError(
+            "vLLM's V2 runner does not speculate with LoRA on a CPU: leave VLLM_USE_V2_MODEL_RUNNER unset"
         )
 
 
