@@ -1,6 +1,6 @@
-"""What this project adds to vLLM's scheduler whatever the policy.
+"""What this project adds to vLLM's scheduler with any policy.
 
-A request's own limit of drafts, statistics for operators, and a warning where a draft is of no use.
+It adds a request's own limit of drafts, statistics for operators, and a warning if hardly any draft is accepted.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ LIMITED, USELESS, HURRIED = (
     "the draft is of no use",
     "a first token comes first",
 )
-WATCHED_DRAFTS, WATCHED_VERIFICATIONS = 200, 50  # at least so many are judged together
-USEFUL = 0.02  # accepted drafts a verification, at least
+WATCHED_DRAFTS, WATCHED_VERIFICATIONS = 200, 50  # the draft is judged after at least this many
+USEFUL = 0.02  # the fewest accepted drafts per verification of a useful draft
 
 
 def emitted_tokens(step: SchedulerOutput, output: ModelRunnerOutput) -> dict[str, int]:
@@ -43,7 +43,7 @@ def emitted_tokens(step: SchedulerOutput, output: ModelRunnerOutput) -> dict[str
 
 
 class DraftScheduler(Scheduler):
-    """Verifies at most as many drafts of a request as it allows, and counts what is drafted and accepted."""
+    """Limits the verified drafts of each request to its own limit, and counts drafts and accepted drafts."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -52,7 +52,7 @@ class DraftScheduler(Scheduler):
         self._start_counting()
 
     def _start_counting(self) -> None:
-        self._limits: dict[str, int] = {}  # of the requests that set one
+        self._limits: dict[str, int] = {}  # limits of the requests that set one
         self._steps: Counter[str] = Counter()  # by the shape that each request was told to draft
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._fallbacks: Counter[str] = Counter()
@@ -64,14 +64,14 @@ class DraftScheduler(Scheduler):
         self._warned = self.draft_is_useless = False
 
     def add_request(self, request: Any) -> None:
-        """Note the limit of drafts that the request sets."""
+        """Keep the limit of drafts that the request sets."""
         limit = limit_of(request.sampling_params)
         if limit is not None:
             self._limits[request.request_id] = limit
         super().add_request(request)
 
     def largest_limit(self) -> int | None:
-        """The most drafts that any running request allows; None where one of them sets no limit."""
+        """The most drafts that any running request allows; None if one of them sets no limit."""
         if not self._limits:
             return None
         limits = [self._limits.get(request.request_id) for request in self.running]
@@ -79,7 +79,7 @@ class DraftScheduler(Scheduler):
         return max(known) if known and len(known) == len(limits) else None
 
     def cut_drafts(self, requests: list[str], drafted: list[int]) -> dict[str, int]:
-        """How many of its drafts each request will verify, where not all of those `drafted`."""
+        """How many drafts each request will verify, for the requests that will not verify all of `drafted`."""
         if not self._limits:
             return {}
         limited = {
@@ -89,7 +89,7 @@ class DraftScheduler(Scheduler):
         return limited
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
-        """Synchronous scheduling: take the drafts that the workers made."""
+        """With synchronous scheduling: take the drafts that the workers made."""
         # Told by runner.v2.cpu_speculator.StoppedChains.
         verified, accepted = getattr(draft_token_ids, "grafts", None) or (0, 0)
         self._grafts.update(verified=verified, accepted=accepted)
@@ -121,11 +121,11 @@ class DraftScheduler(Scheduler):
         return outputs
 
     def is_tree(self, drafts: int) -> bool:
-        """Whether a step that is told to make so many drafts a request grows trees."""
+        """Whether a step with this number of drafts per request grows trees."""
         return self._tree
 
     def _watch(self, step: SchedulerOutput, output: ModelRunnerOutput) -> None:
-        """Judge the draft by the last drafts, whenever there are enough of them; say once that it is of no use."""
+        """Judge the draft whenever there are enough new drafts. Warn once if hardly any of them was accepted."""
         seen = self._watched
         counts = emitted_tokens(step, output)
         seen["verifications"] += len(counts)
@@ -156,7 +156,7 @@ class DraftScheduler(Scheduler):
         )
 
     def make_stats(self, spec_decoding_stats: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """vLLM's statistics of a step, with those that were counted here since the last ones."""
+        """vLLM's statistics of a step, with this class's counts since the last ones."""
         stats = super().make_stats(spec_decoding_stats, *args, **kwargs)
         if stats is not None and (self._steps or spec_decoding_stats is not None):
             own: Any = spec_decoding_stats or Eagle3Stats.new(self.num_spec_tokens)
@@ -169,7 +169,7 @@ class DraftScheduler(Scheduler):
         return stats
 
     def make_spec_decoding_stats(self, spec_decoding_stats: Any, *args: Any, **kwargs: Any) -> Any:
-        """vLLM's statistics of speculation in a step, in our class."""
+        """vLLM's statistics of speculation in a step, as an `Eagle3Stats`."""
         if self.log_stats and spec_decoding_stats is None:
             spec_decoding_stats = Eagle3Stats.new(self.num_spec_tokens)
         return super().make_spec_decoding_stats(spec_decoding_stats, *args, **kwargs)

@@ -1,8 +1,8 @@
-"""vLLM's scheduler with the cost policy, which chooses the number of drafts of every step.
+"""vLLM's scheduler with the cost policy, which chooses the number of drafts of each step.
 
-vLLM's scheduler looks the number of drafts up by batch size (`dynamic_sd_lookup`), and sends it to the workers with the
-step. Here an object that asks the policy stands in for that table. The same process sees acceptance and step times, in
-`update_from_output`, so that no statistics have to be sent. See docs/policy.md.
+vLLM's scheduler looks up the number of drafts by batch size (`dynamic_sd_lookup`) and sends it to the workers with the
+step. Here an object that asks the policy replaces that table. The same process learns acceptance and step times in
+`update_from_output`, so no statistics are sent between processes. See docs/policy.md.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 
 
 def build_scheduler(vllm_config: VllmConfig, **kwargs: Any) -> Scheduler:
-    """The scheduler of an engine with the policy, asynchronous where configured. A value of `scheduler_cls`."""
+    """The scheduler of an engine with the policy, asynchronous if the config says so. A value of `scheduler_cls`."""
     cls = AsyncPolicyScheduler if vllm_config.scheduler_config.async_scheduling else PolicyScheduler
     return cls(vllm_config=vllm_config, **kwargs)
 
 
 def build_fixed_scheduler(vllm_config: VllmConfig, **kwargs: Any) -> Scheduler:
-    """The same without the policy: every step drafts as much as it may."""
+    """The same without the policy: each step makes all drafts."""
     cls = AsyncDraftScheduler if vllm_config.scheduler_config.async_scheduling else DraftScheduler
     return cls(vllm_config=vllm_config, **kwargs)
 
@@ -66,7 +66,7 @@ def decodes_only(step: SchedulerOutput) -> bool:
 
 
 class _Lookup:
-    """Stands in for vLLM's table of drafts by batch size, and asks the policy."""
+    """Replaces vLLM's table of drafts by batch size, and asks the policy."""
 
     def __init__(self, scheduler: PolicyMixin) -> None:
         self.scheduler = scheduler
@@ -82,14 +82,14 @@ class PolicyMixin(DraftScheduler):
         super().__init__(*args, **kwargs)
         self.draft_policy, self._cost_file = build_policy(self.vllm_config)
         self._shape = NOTHING
-        # Of each request: drafts that it will verify, and drafts that were scheduled for it.
+        # For each request: the drafts that it will verify, and the drafts that were scheduled for it.
         self._drafted: dict[str, tuple[int, int]] = {}
         self._hurried = False  # whether this step drafts nothing, so that a first token leaves early
-        # Of the last step: batch, shape, context, seconds, drafts verified a request. The policy learns from it when
+        # Of the last step: batch, shape, context, seconds, verified drafts per request. The policy learns from it when
         # the number of drafts that the step made is known.
         self._unlearned: tuple[int, Shape, float, float, float] | None = None
         self._decoded_only = False  # whether the step before did nothing but decode
-        # A step whose requests verify different numbers of drafts cannot use full graphs, which hold uniform batches.
+        # A step whose requests verify different numbers of drafts cannot use full graphs, which need uniform batches.
         self._ragged = not self.vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
         self.draft_policy.follows_requests = self._ragged
         self.dynamic_sd_lookup = _Lookup(self)  # type: ignore[assignment]
@@ -102,7 +102,7 @@ class PolicyMixin(DraftScheduler):
         super().add_request(request)
 
     def choose(self, batch: int) -> int:
-        """Drafts a request in the step that is being scheduled. `schedule` calls this in place of vLLM's table."""
+        """Drafts per request in the step that is being scheduled. `schedule` calls this instead of vLLM's table."""
         most = self.largest_limit()
         self._hurried = not self._hurried and self._first_token_is_due()
         self._fallbacks[HURRIED] += self._hurried
@@ -144,9 +144,9 @@ class PolicyMixin(DraftScheduler):
         return sum(r.num_computed_tokens for r in self.running) / max(len(self.running), 1)
 
     def cut_drafts(self, requests: list[str], drafted: list[int]) -> dict[str, int]:
-        """Drafts of this step to verify, for the requests that will not verify all of those `drafted`."""
+        """How many drafts of this step to verify, for the requests that will not verify all of `drafted`."""
         if not requests or self._shape == NOTHING:
-            return {}  # asynchronous scheduling makes a step without requests when it runs out of them
+            return {}  # asynchronous scheduling makes a step without requests when all have ended
         cut = super().cut_drafts(requests, drafted)
         if self._ragged or self.draft_policy.probing:
             lengths = self.draft_policy.lengths(requests, self._shape, self._context(), drafted)
@@ -163,7 +163,7 @@ class PolicyMixin(DraftScheduler):
         requests, drafts = draft_token_ids.req_ids, draft_token_ids.draft_token_ids
         scheduled, drafted = self._shape.nodes, [len(ids) for ids in drafts]
         if max(drafted, default=0) > scheduled:
-            # Near the longest sequence vLLM sends zeros that are no drafts.
+            # Near the longest sequence vLLM sends zeros that are not drafts.
             drafted = [0] * len(requests)
         elif self._unlearned is not None:
             self._learn(drafted)
@@ -200,7 +200,7 @@ class PolicyMixin(DraftScheduler):
         for request in (self._drafted.keys() | invalid.keys()) & results.keys():
             verified = len(drafts[request]) - invalid.get(request, 0)
             expected, scheduled = self._drafted.get(request, (verified, verified))
-            # Where a chain stopped early, the drafts that were not made count as not accepted.
+            # If a chain stopped early, the drafts that were not made count as not accepted.
             results[request] = (scheduled if verified == expected else verified, results[request][1])
         for request in getattr(step, "cut_trees", self._cut_trees) & results.keys():  # no shapes of the menu
             del results[request]
@@ -226,7 +226,7 @@ class PolicyMixin(DraftScheduler):
             self._unlearned = (len(tokens), shape, self._context(), seconds, verified)
 
     def _learn(self, lengths: list[int]) -> None:
-        """Pass the last step to the policy, now that the number of drafts it made for each request is known."""
+        """Pass the last step to the policy, when the number of drafts that it made for each request is known."""
         assert self._unlearned is not None
         shape = self._unlearned[1]
         self.draft_policy.observe_lengths(shape, lengths)
@@ -234,7 +234,7 @@ class PolicyMixin(DraftScheduler):
         self._unlearned = None
 
     def shutdown(self) -> None:
-        """Keep what was learned about step times for the next start."""
+        """Save the learned step times for the next start."""
         self._cost_file.save(self.draft_policy.cost)
         super().shutdown()
 

@@ -1,4 +1,4 @@
-"""Chains on vLLM's V2 model runner on a CPU, where nothing is captured in graphs."""
+"""Chains on vLLM's V2 model runner on a CPU, where there are no CUDA graphs."""
 
 import copy
 import gc
@@ -31,7 +31,7 @@ def serves(vllm_config: VllmConfig, device: torch.device) -> bool:
     assert speculative is not None
     return (
         device.type == "cpu"
-        and not HAS_TRITON  # on a CPU it is interpreted, and takes the path of GPUs, which it is there to test
+        and not HAS_TRITON  # with Triton interpreted, an engine on a CPU tests the code for GPUs
         and not speculative.enable_adaptive_verification
         and not vllm_config.model_config.supports_multimodal_inputs
         and parallel.data_parallel_size == parallel.decode_context_parallel_size == 1
@@ -56,10 +56,10 @@ def without_draws(vllm_config: VllmConfig) -> VllmConfig:
 
 
 class CPUSpeculator(Eagle3Speculator):
-    """Eagle3Speculator whose steps run over the rows that draft, without vLLM's padded and compiled forward pass.
+    """Eagle3Speculator whose steps run only over the rows that draft, without vLLM's padded and compiled forward pass.
 
-    Beside keys and values nothing is computed for the other rows; weights may be in int8; and under policy "auto" a
-    chain stops where the draft trusts it no longer.
+    For other rows only keys and values are computed. Weights may be in int8. With policy "auto" a chain stops when its
+    probability becomes too low.
     """
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
@@ -75,7 +75,7 @@ class CPUSpeculator(Eagle3Speculator):
         ] = []  # of the last step's chains, as draft_chain tells them
         self.may_stop = (
             in_charge(vllm_config)
-            and not vllm_config.scheduler_config.async_scheduling  # which has promised the drafts already
+            and not vllm_config.scheduler_config.async_scheduling  # which has announced the number of drafts already
             and vllm_config.parallel_config.world_size == 1  # otherwise no rank sees all logits
         )
 
@@ -94,7 +94,7 @@ class CPUSpeculator(Eagle3Speculator):
             dtype = self.hidden_states.dtype
             self.chain_draws = ChainDraws(self.model, self.max_num_reqs, self.num_speculative_steps, dtype)
         (self.draft_layer,) = self.draft_attn_layer_names
-        gc.collect()  # packed weights that loading replaced: freed while torch.compile traces, they print an error
+        gc.collect()  # weights that loading has replaced print an error if they are freed while torch.compile traces
 
     def set_attn(self, model_state: Any, *args: Any, **kwargs: Any) -> None:
         super().set_attn(model_state, *args, **kwargs)
@@ -122,7 +122,7 @@ class CPUSpeculator(Eagle3Speculator):
         num_speculative_tokens: int | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Draft ids [num_reqs, num_speculative_tokens], NOT_DRAFTED behind a chain's end; arguments as upstream's."""
+        """Draft ids [num_reqs, num_speculative_tokens], NOT_DRAFTED after a chain's end. Arguments as upstream's."""
         batch, tokens = input_batch.num_reqs, input_batch.num_tokens
         g = self.model.fuse(aux_hidden_states) if aux_hidden_states else last_hidden_states
         if dummy_run:
@@ -142,7 +142,7 @@ class CPUSpeculator(Eagle3Speculator):
         positions = buffers.positions[:tokens]
         first_positions = positions[rows]
         inputs = (buffers.input_ids[:tokens], g[:tokens], positions, slot_mappings[self.draft_layer][:tokens])
-        if most == 0:  # keep the draft's KV in step with the target's, and no more
+        if most == 0:  # only extend the draft's KV cache as the target's
             self.model.write_keys_values(*inputs)
             return drafts
         buffers.query_start_loc[: batch + 1] = torch.arange(batch + 1, dtype=torch.int32)
@@ -166,13 +166,13 @@ class CPUSpeculator(Eagle3Speculator):
         return drafts
 
     def first_step(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """The draft step over the rows that the target has just computed; arguments and result as `model.step`'s."""
+        """The draft step over the rows that the target has just computed. Arguments and result as in `model.step`."""
         return self.model.step(*args, **kwargs)
 
     def _next_step(
         self, batch: int, longest: torch.Tensor, index: int, ids: torch.Tensor, state: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One draft step of every request, a position on; at the longest sequence it stays where it is."""
+        """One draft step of all requests at the next position, at most the last one of the longest sequence."""
         buffers = self.input_buffers
         positions = buffers.positions[:batch].add_(1).clamp_(max=self.max_model_len - 1)
         buffers.seq_lens[:batch].add_(1).clamp_(max=self.max_model_len)
@@ -215,7 +215,7 @@ class CPUSpeculator(Eagle3Speculator):
         )
 
     def _metadata(self, batch: int, longest: torch.Tensor, index: int) -> Any:
-        """Attention metadata of the draft's layer, one query a request, from the buffers as they are."""
+        """Attention metadata of the draft's layer with one query per request, from the present buffers."""
         eager = BatchExecutionDescriptor(CUDAGraphMode.NONE, batch, None)
         metadata = self._build_uniform_attn_metadata(eager, batch, 1, longest, index)
         assert metadata is not None
@@ -227,7 +227,7 @@ class CPUSpeculator(Eagle3Speculator):
         return next(i for i, group in enumerate(groups) if self.draft_layer in group.layer_names)
 
     def _profile(self, g: torch.Tensor, batch: int) -> torch.Tensor:
-        """Warm-up and profiling: the layer without attention, so that nothing is compiled that is never used."""
+        """Warm-up and profiling: the layer without attention. Compiles nothing that serving does not use."""
         tokens = len(g)
         with set_forward_context(None, self.vllm_config, num_tokens=tokens):
             buffers = self.input_buffers
@@ -250,7 +250,7 @@ class StoppedChains(DraftTokensHandler):
     def set_draft_tokens(self, input_batch: Any, draft_tokens: torch.Tensor) -> None:
         super().set_draft_tokens(input_batch, draft_tokens)
         self.lengths = None
-        if draft_tokens.device.type == "cpu":  # reading a GPU's would wait for it, and no chain stops there
+        if draft_tokens.device.type == "cpu":  # a GPU would have to be waited for, and no chain stops there
             self.lengths = (draft_tokens != NOT_DRAFTED).sum(dim=1).tolist()
 
     def get_draft_tokens(self) -> Any:
