@@ -16,6 +16,7 @@ ledger.install()
 
 from vllm.v1.metrics.stats import SchedulerStats  # noqa: E402
 
+from vllm_eagle3.runner import draft_scheduler  # noqa: E402
 from vllm_eagle3.runner.hooks.spec_metrics import (  # noqa: E402
     LABELS,
     SERIES,
@@ -146,6 +147,7 @@ def test_a_useless_draft_is_said_once_and_hardly_drafts(
     from closed_form import write_draft
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(draft_scheduler, "WATCHED_DRAFTS", 60)  # the policy may soon stop drafting by itself
     draft = write_draft(tmp_path / "wrong", wrong_every=1)
     llm = engine(
         closed_form_target,

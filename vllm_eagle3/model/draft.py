@@ -95,11 +95,11 @@ class _DraftMixin(nn.Module):
 
         `fc` is left as it is: its states have a few very large channels (docs/decisions.md).
         """
-        if not (self.fp8_draft and fp8_works(self.model.fc.weight.device)):
+        if not (self.fp8_draft and fp8_works(self.model.norm.weight.device)):
             return
         attention, mlp = self.model.layers[0].self_attn, self.model.layers[0].mlp
         read_in_fp8([attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj])
-        if self._fuses_head(self.model.fc.weight):
+        if self._fuses_head(self.model.norm.weight):
             self.fp8_head = quant_fp8(self._head_rows())
 
     def warm_up(self) -> None:
@@ -107,14 +107,15 @@ class _DraftMixin(nn.Module):
 
         vLLM's warm-up meets few numbers of rows, and a CUDA graph holds no `fuse`.
         """
-        if not (self.fused_kernels and self.model.fc.weight.is_cuda):
+        norm = self.model.norm.weight  # of any draft; a quantised fc may have no weight
+        if not (self.fused_kernels and norm.is_cuda):
             return
         states, width = self.draft_config.num_aux_hidden_states, self.draft_config.target_hidden_size
         layers: list[Any] = [
             m for m in self.modules() if isinstance(getattr(m, "quant_method", None), Fp8Method)
         ]
         for rows in ROWS_OF_EACH_TILE:
-            state = self.model.fc.weight.new_zeros(rows, width, dtype=self.model.norm.weight.dtype)
+            state = norm.new_zeros(rows, width)
             g = self.fuse([state] * states)
             for count in {1, self.most_children}:
                 self.top_children(g, count)
