@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,6 +43,8 @@ class Ranks:
             device = f"cuda:{local}"
         if not dist.is_initialized():
             dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+            # Otherwise a thread of the group may abort this process at its exit, when another rank has ended first.
+            atexit.register(_leave)
         control = dist.new_group(backend="gloo", timeout=PATIENCE)
         return Ranks(dist.get_rank(), world, local, device, control)
 
@@ -72,3 +75,8 @@ class Ranks:
         if self.world > 1:
             dist.all_reduce(values, group=self.control)
         return values
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
