@@ -67,5 +67,5 @@ def test_an_engine_says_once_which_runner_it_has(engine, closed_form_target, clo
         token_ids(llm, [[3]], SamplingParams(temperature=0, max_tokens=4, detokenize=False))
     worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
     assert type(worker.model_runner).__module__ == "vllm.v1.worker.cpu.model_runner"
-    said = [r.getMessage() for r in caplog.records if "runner" in r.getMessage()]
+    said = [r.getMessage() for r in caplog.records if r.name == "vllm.eagle3" and "runner" in r.getMessage()]
     assert len(said) == 1 and "on the V2 runner" in said[0]
