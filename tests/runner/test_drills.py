@@ -29,7 +29,8 @@ def expected(models):
 def test_a_draft_that_turns_to_nan(engine, models, expected, tmp_path, monkeypatch, caplog):
     """The text stays the target's, one warning comes, and policy auto hardly drafts any more."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(draft_scheduler, "WATCHED_DRAFTS", 60)  # the policy may soon stop drafting by itself
+    for name in ("WATCHED_DRAFTS", "WATCHED_VERIFICATIONS"):  # the policy may soon stop drafting by itself
+        monkeypatch.setattr(draft_scheduler, name, 20)
     options = {"eagle3": {"policy": "auto"}}
     llm = engine(models[0], speculative_config=speculative(models[1], 3), additional_config=options)
     core = llm.llm_engine.engine_core.engine_core

@@ -147,7 +147,8 @@ def test_a_useless_draft_is_said_once_and_hardly_drafts(
     from closed_form import write_draft
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(draft_scheduler, "WATCHED_DRAFTS", 60)  # the policy may soon stop drafting by itself
+    for name in ("WATCHED_DRAFTS", "WATCHED_VERIFICATIONS"):  # the policy may soon stop drafting by itself
+        monkeypatch.setattr(draft_scheduler, name, 20)
     draft = write_draft(tmp_path / "wrong", wrong_every=1)
     llm = engine(
         closed_form_target,
