@@ -11,14 +11,11 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from statistics import median
-from typing import Any
+
+from paired import Found, compared, engine, repeats
 
 from vllm_eagle3.evaluation.demo_models import default_pair
-from vllm_eagle3.evaluation.sweep.report import bootstrap_median
-from vllm_eagle3.evaluation.sweep.run import Worker
 from vllm_eagle3.evaluation.sweep.settings import SweepSettings
-from vllm_eagle3.evaluation.sweep.worker import Measurement
 from vllm_eagle3.evaluation.widen import widened
 from vllm_eagle3.provenance import provenance
 
@@ -31,48 +28,16 @@ PAIRS = {
 }
 
 
-def measure(settings: SweepSettings) -> Iterator[dict[tuple[str, int], list[Measurement]]]:
+def measure(settings: SweepSettings) -> Iterator[Found]:
     """After every repeat, all repeats so far of every mode and batch size."""
-    found: dict[tuple[str, int], list[Measurement]] = {}
     with ExitStack() as stack:
         file = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "settings.json"
         file.write_text(settings.to_json(), encoding="utf-8")
         workers = []
         for mode in settings.modes:
-            native = {"VLLM_USE_V2_MODEL_RUNNER": "1", "EAGLE3_DISABLE": "0"}
-            workers.append(Worker(mode, mode, file, native))
+            workers.append(engine(mode, mode, file))
             stack.callback(workers[-1].close)
-        for repeat in range(settings.repeats + 1):  # the first one warms up
-            for size in settings.batch_sizes:
-                turn = repeat % len(workers)
-                for worker in workers[turn:] + workers[:turn]:
-                    measured = worker.measure(size, repeat)
-                    if repeat:
-                        found.setdefault((worker.name, size), []).append(measured)
-            if repeat:
-                yield found
-
-
-def row(size: int, found: dict[tuple[str, int], list[Measurement]]) -> dict[str, Any]:
-    """Of one batch size: tokens/s and tokens a verification of each mode, and the ratios of every repeat."""
-    runs = {mode: found[mode, size] for mode in MODES if (mode, size) in found}
-    rates = {mode: [m.tokens / m.seconds for m in runs[mode]] for mode in runs}
-    ratios = {
-        name: [x / y for x, y in zip(rates[a], rates[b], strict=True)]
-        for name, (a, b) in PAIRS.items()
-        if a in runs and b in runs
-    }
-    return {
-        "batch_size": size,
-        "tokens_per_second": {mode: median(rates[mode]) for mode in runs},
-        "tau": {
-            mode: 1 + sum(m.accepted for m in runs[mode]) / max(sum(m.drafts for m in runs[mode]), 1)
-            for mode in runs
-        },
-        "median": {name: median(values) for name, values in ratios.items()},
-        "interval": {name: bootstrap_median(values) for name, values in ratios.items()},
-        "ratios": ratios,
-    }
+        yield from repeats(workers, settings)
 
 
 def main() -> None:
@@ -101,10 +66,8 @@ def main() -> None:
     )
     made = provenance([data], settings.public() | {"widen": args.widen or 1})
     results = json.loads(args.json.read_text(encoding="utf-8"))["results"] if args.json.is_file() else []
-    for found in measure(
-        settings
-    ):  # several calls, one for each target and some batch sizes, add up in a file
-        rows = [row(size, found) for size in settings.batch_sizes]
+    for found in measure(settings):  # calls for other targets and batch sizes add to the file
+        rows = [compared(size, found, PAIRS) for size in settings.batch_sizes]
         new = [r | {"widen": args.widen or 1, "provenance": made} for r in rows]
         keys = {(r["widen"], r["batch_size"]) for r in new}
         results = [r for r in results if (r["widen"], r["batch_size"]) not in keys] + new

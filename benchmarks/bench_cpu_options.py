@@ -13,15 +13,13 @@ import tempfile
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 from typing import Any
+
+from paired import Found, compared, engine, repeats
 
 from vllm_eagle3.config import TreeOptions
 from vllm_eagle3.evaluation.demo_models import default_pair
-from vllm_eagle3.evaluation.sweep.report import bootstrap_median
-from vllm_eagle3.evaluation.sweep.run import Worker
 from vllm_eagle3.evaluation.sweep.settings import SweepSettings
-from vllm_eagle3.evaluation.sweep.worker import Measurement
 from vllm_eagle3.provenance import provenance
 
 ROOT = Path(__file__).parents[1]
@@ -36,47 +34,19 @@ ENGINES: dict[str, tuple[str, dict[str, Any]]] = {  # name -> mode of the sweep 
 }
 
 
-def measure(engines: list[str], settings: SweepSettings) -> dict[tuple[str, int], list[Measurement]]:
+def measure(engines: list[str], settings: SweepSettings) -> Found:
     """Every repeat of every engine and batch size."""
-    found: dict[tuple[str, int], list[Measurement]] = {}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        workers = {}
+        workers = []
         for name in engines:
             mode, options = ENGINES[name]
             file = folder / f"{name}.json"
             file.write_text(replace(settings, modes=(mode,), options=options).to_json(), encoding="utf-8")
-            variables = {"VLLM_USE_V2_MODEL_RUNNER": "1", "EAGLE3_DISABLE": "0"}
-            workers[name] = Worker(mode, mode, file, variables)
-            stack.callback(workers[name].close)
-        for repeat in range(settings.repeats + 1):  # the first one warms up
-            for size in settings.batch_sizes:
-                turn = repeat % len(engines)
-                for name in engines[turn:] + engines[:turn]:
-                    measured = workers[name].measure(size, repeat)
-                    if repeat:
-                        found.setdefault((name, size), []).append(measured)
+            workers.append(engine(name, mode, file))
+            stack.callback(workers[-1].close)
+        *_, found = repeats(workers, settings)
     return found
-
-
-def row(engines: list[str], size: int, found: dict[tuple[str, int], list[Measurement]]) -> dict[str, Any]:
-    """Of one batch size: tokens/s and tokens a verification of each engine, and its ratios to the first one."""
-    rates = {name: [run.tokens / run.seconds for run in found[name, size]] for name in engines}
-    ratios = {
-        name: [x / y for x, y in zip(rates[name], rates[engines[0]], strict=True)] for name in engines[1:]
-    }
-    counts = {
-        name: (sum(run.accepted for run in found[name, size]), sum(run.drafts for run in found[name, size]))
-        for name in engines
-    }
-    return {
-        "batch_size": size,
-        "tokens_per_second": {name: median(values) for name, values in rates.items()},
-        "tau": {name: 1 + accepted / max(drafts, 1) for name, (accepted, drafts) in counts.items()},
-        "median": {name: median(values) for name, values in ratios.items()},
-        "interval": {name: bootstrap_median(values) for name, values in ratios.items()},
-        "ratios": ratios,
-    }
 
 
 def main() -> None:
@@ -105,7 +75,8 @@ def main() -> None:
     )
     made = provenance([data], settings.public() | {"modes": args.engines})
     found = measure(args.engines, settings)
-    rows = [row(args.engines, size, found) for size in settings.batch_sizes]
+    pairs = {name: (name, args.engines[0]) for name in args.engines[1:]}
+    rows = [compared(size, found, pairs) for size in settings.batch_sizes]
     print(f"T = {args.temperature:g}; ratios to {args.engines[0]}, median and 95 % interval")
     print("| batch | engine | tokens/s | tau | ratio |\n| --- | --- | --- | --- | --- |")
     for r in rows:

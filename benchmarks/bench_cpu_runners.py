@@ -14,8 +14,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from paired import engine, repeats
+
 from vllm_eagle3.evaluation.demo_models import default_pair
-from vllm_eagle3.evaluation.sweep.run import Worker
 from vllm_eagle3.evaluation.sweep.settings import SweepSettings
 from vllm_eagle3.evaluation.sweep.worker import Measurement
 from vllm_eagle3.provenance import provenance
@@ -26,24 +27,15 @@ RUNNERS = {"V1": "0", "V2": "1"}
 
 def compare(mode: str, settings: SweepSettings) -> Iterator[list[dict[str, Any]]]:
     """Yield the rows of one mode after each repeat: one row per batch size, with the ratios of all repeats so far."""
-    found: dict[tuple[str, int], list[Measurement]] = {}
     with ExitStack() as stack:
         file = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "settings.json"
         file.write_text(settings.to_json(), encoding="utf-8")
-        workers = {}
+        workers = []
         for runner, asked in RUNNERS.items():
-            workers[runner] = Worker(
-                mode, mode, file, {"VLLM_USE_V2_MODEL_RUNNER": asked, "EAGLE3_DISABLE": "0"}
-            )
-            stack.callback(workers[runner].close)
-        for repeat in range(settings.repeats + 1):  # the first repeat is a warm-up
-            for size in settings.batch_sizes:
-                for runner in list(RUNNERS) if repeat % 2 else list(RUNNERS)[::-1]:
-                    measured = workers[runner].measure(size, repeat)
-                    if repeat:
-                        found.setdefault((runner, size), []).append(measured)
-            if repeat:
-                yield [row(mode, size, found["V1", size], found["V2", size]) for size in settings.batch_sizes]
+            workers.append(engine(runner, mode, file, asked))
+            stack.callback(workers[-1].close)
+        for found in repeats(workers, settings):
+            yield [row(mode, size, found["V1", size], found["V2", size]) for size in settings.batch_sizes]
 
 
 def row(mode: str, size: int, v1: list[Measurement], v2: list[Measurement]) -> dict[str, Any]:
